@@ -1,0 +1,1 @@
+"""The testing kit: fixtures, contract suites and fakes, importable by third parties."""
