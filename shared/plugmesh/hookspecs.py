@@ -1,0 +1,136 @@
+"""Every hook of plugmesh, along the timeline of a process, a request and a step.
+
+    process starts
+      | configuration read, cards of the named plugins checked together (conflicts, requirements)
+      | register_*        once per hook and process; returns records
+      | select_*          once per choice; the first plugin that answers wins, else the core's default
+      v
+    service announced in the mesh
+      request arrives (gateway)
+        | Router.route                     per request         <- register_routers
+      request reaches decode
+        | PrefillPolicyRecord.choose       per request         <- register_prefill_policies
+      job reaches prefill
+        | KvHandOverRecord.plan            per job             <- register_kv_hand_overs
+      every step (prefill, decode)
+        | Scheduler.schedule               per step            <- register_schedulers
+      request ends
+        | on_request_finished              observers, isolated by the host
+    process stops
+      | on_service_stopping
+
+Three tiers: a hook runs once per process and returns records (`plugmesh.records`); a record builds an object per process,
+engine or request; plain methods of that object run per request or per step. Hooks are called by keyword; an implementation
+names only the arguments that it wants.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pluggy
+
+if TYPE_CHECKING:
+    from plugmesh.host import PluginContext
+    from plugmesh.records import KvHandOverRecord, PrefillPolicyRecord, RouterRecord, SchedulerRecord
+
+hookspec = pluggy.HookspecMarker("plugmesh")
+hookimpl = pluggy.HookimplMarker("plugmesh")
+
+
+@hookspec
+def register_routers(context: PluginContext) -> list[RouterRecord]:
+    """Ways of choosing the instances that serve a request.
+
+    Runs in: gateway.
+    When: at process start.  How often: once.
+    Combines: all lists are joined; `select_router` picks one by name, by default the last registered.
+    Arguments: context: the plugin's settings and facts of the process.
+    Returns: records, or an empty list.
+    Raising: stops the start with the plugin's name.
+    Example: plugins/plugmesh_splitwise/plugin.py
+    """
+
+
+@hookspec(firstresult=True)
+def select_router(names: list[str]) -> str | None:
+    """Which of the registered routers this gateway uses.
+
+    Runs in: gateway.
+    When: after register_routers.  How often: once.
+    Combines: the first answer that is not None wins; without one the record registered last.
+    Arguments: names: the records' names in order of registration, the core's own first.
+    Returns: one of `names`, or None for no opinion.
+    Raising: stops the start.
+    Example: plugins/plugmesh_splitwise/plugin.py
+    """
+
+
+@hookspec
+def register_prefill_policies(context: PluginContext) -> list[PrefillPolicyRecord]:
+    """Rules for computing a prompt locally or in a prefill instance.
+
+    Runs in: decode.
+    When: at process start.  How often: once.
+    Combines: lists are joined; the record registered last is used.
+    Arguments: context: the plugin's settings and facts of the process.
+    Returns: records, or an empty list.
+    Raising: stops the start with the plugin's name.
+    Example: plugins/plugmesh_splitwise/plugin.py
+    """
+
+
+@hookspec
+def register_kv_hand_overs(context: PluginContext) -> list[KvHandOverRecord]:
+    """Rules for how the KV of a prompt travels from prefill to decode.
+
+    Runs in: prefill.
+    When: at process start.  How often: once.
+    Combines: lists are joined; the record registered last is used.
+    Arguments: context: the plugin's settings and facts of the process.
+    Returns: records, or an empty list.
+    Raising: stops the start with the plugin's name.
+    Example: plugins/plugmesh_splitwise/plugin.py
+    """
+
+
+@hookspec
+def register_schedulers(context: PluginContext) -> list[SchedulerRecord]:
+    """Rules for what runs in one engine step.
+
+    Runs in: prefill, decode.
+    When: at process start.  How often: once.
+    Combines: lists are joined; the record registered last is used.
+    Arguments: context: the plugin's settings and facts of the process.
+    Returns: records, or an empty list.
+    Raising: stops the start with the plugin's name; an error in `Scheduler.schedule` makes the engine fall back to its own
+        scheduler for that step and is counted and logged with the plugin's name.
+    Example: plugins/plugmesh_sarathi/plugin.py
+    """
+
+
+@hookspec
+def on_request_finished(request_id: str, finish_reason: str, num_prompt_tokens: int, num_generated_tokens: int) -> None:
+    """Tells observers that a request ended.
+
+    Runs in: gateway, decode.
+    When: after the last token or error was sent.  How often: once per request and process.
+    Combines: every implementation is called.
+    Arguments: ids and counts, never text; finish_reason is "stop", "length", "cancelled" or "error".
+    Returns: nothing.
+    Raising: logged and counted with the plugin's name; nobody else notices.
+    Example: plugins/plugmesh_splitwise/plugin.py
+    """
+
+
+@hookspec
+def on_service_stopping() -> None:
+    """Tells plugins to release what they hold.
+
+    Runs in: every service.
+    When: after the drain, before the process ends.  How often: once.
+    Combines: every implementation is called.
+    Returns: nothing.
+    Raising: logged with the plugin's name.
+    Example: plugins/plugmesh_splitwise/plugin.py
+    """

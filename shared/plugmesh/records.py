@@ -1,0 +1,121 @@
+"""What plugins hand to the host: frozen records, each a name, a factory and declared facts.
+
+A hook runs once per process and returns records; a record's `build` makes one object per process, engine or request as its
+docstring says; the object's plain methods run per request or step. Nothing here imports torch: engine records name the
+engine's protocols (`plugmesh_engine.seams`) only as types of what `build` returns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from plugmesh.types import InstanceInfo, KvLayout
+
+PrefillMode = Literal["auto", "local", "remote"]
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerContext:
+    """What a scheduler may know when it is built.
+
+    Attributes:
+        max_tokens_per_step: The engine's own limit on scheduled tokens of one step.
+        max_num_sequences: The engine's own limit on running sequences.
+        num_blocks: Size of the KV pool in blocks of 16 tokens.
+        measure_step_ms: Runs one synthetic step of (prefill tokens, decode rows, KV tokens per row) on the real model
+            and returns milliseconds; for budgets that are profiled rather than set. Costs that long; call it at build only.
+    """
+
+    max_tokens_per_step: int
+    max_num_sequences: int
+    num_blocks: int
+    measure_step_ms: Callable[[int, int, int], float] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerRecord:
+    """Decides which sequences run in a step and how many prompt tokens of each.
+
+    `build(context)` is called once per engine and returns a `plugmesh_engine.seams.Scheduler`.
+    """
+
+    name: str
+    build: Callable[[SchedulerContext], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class RouteRequest:
+    """What a router knows of a request; never its text."""
+
+    request_id: str
+    num_prompt_tokens: int
+    max_tokens: int
+    priority: int = 0
+    block_ids: tuple[bytes, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Where a request goes. An empty `prefill_instance` lets the work queue choose."""
+
+    decode_instance: str
+    prefill_instance: str = ""
+    prefill_mode: PrefillMode = "auto"
+
+
+class Router(Protocol):
+    """One object per gateway process; called from its event loop, so methods must not block."""
+
+    def route(self, request: RouteRequest, decode: Sequence[InstanceInfo], prefill: Sequence[InstanceInfo]) -> Route:
+        """Chooses among live instances (never empty for `decode`; draining and suspect ones are left out).
+
+        Raising costs this request a PluginError and nothing else.
+        """
+
+    def on_progress(self, request_id: str, num_tokens: int) -> None:
+        """`num_tokens` more tokens of this request arrived."""
+
+    def on_finished(self, request_id: str) -> None:
+        """The request ended, in whatever way, or is about to be routed again."""
+
+
+@dataclass(frozen=True, slots=True)
+class RouterRecord:
+    """Chooses instances for requests. `build()` is called once per gateway process."""
+
+    name: str
+    build: Callable[[], Router]
+
+
+@dataclass(frozen=True, slots=True)
+class HandOver:
+    """How the KV of one prompt travels from prefill to decode.
+
+    Attributes:
+        chunk_tokens: Prompt tokens computed per step while handing over; 0 leaves it to the scheduler.
+        overlap: True stores finished blocks while the next chunk is computed, False stores all after the last one.
+    """
+
+    chunk_tokens: int = 0
+    overlap: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class KvHandOverRecord:
+    """Chooses the hand-over of a prompt. `plan(num_prompt_tokens, layout)` runs once per prefill job, in the event loop."""
+
+    name: str
+    plan: Callable[[int, KvLayout], HandOver]
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillPolicyRecord:
+    """Decides, in a decode instance, whether a prompt whose mode is "auto" is computed here or by a prefill instance.
+
+    `choose(num_uncached_tokens, num_running, num_prefill_instances)` runs once per request, in the event loop.
+    """
+
+    name: str
+    choose: Callable[[int, int, int], Literal["local", "remote"]]
