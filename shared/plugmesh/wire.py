@@ -47,7 +47,7 @@ def sampling_from_pb(m: pb.SamplingParams) -> types.SamplingParams:
         frequency_penalty=m.frequency_penalty,
         logit_bias=dict(m.logit_bias),
         seed=m.seed if m.HasField("seed") else None,
-        max_tokens=m.max_tokens or types.SamplingParams.__dataclass_fields__["max_tokens"].default,
+        max_tokens=m.max_tokens or types.SamplingParams().max_tokens,
         min_tokens=m.min_tokens,
         stop_token_ids=tuple(m.stop_token_ids),
         ignore_eos=m.ignore_eos,

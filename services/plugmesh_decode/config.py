@@ -1,0 +1,27 @@
+"""`[services.decode]`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import pydantic
+
+from plugmesh.config import ServiceSettings
+
+
+class Settings(ServiceSettings):
+    """Settings of one decode instance; memory of the KV pool is num_kv_blocks times `KvLayout.block_bytes`."""
+
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    device: str = "cpu"
+    num_kv_blocks: int = pydantic.Field(2048, ge=8, le=1 << 20)
+    max_num_sequences: int = pydantic.Field(64, ge=1, le=1024)
+    max_tokens_per_step: int = pydantic.Field(512, ge=1, le=65536)
+    max_model_len: int = pydantic.Field(0, ge=0)              # 0: the model's context length
+    max_waiting: int = pydantic.Field(256, ge=1, le=65536)
+    num_threads: int = pydantic.Field(0, ge=0, le=256)        # 0: one per core
+    prefix_cache: bool = True
+    use_kvstore: bool = True                                  # look for prefixes of prompts in the kvstore
+    remote_prefill_min_tokens: int = pydantic.Field(256, ge=1)  # "auto" sends shorter prompts to nobody
+    remote_prefill_timeout_s: float = pydantic.Field(5.0, gt=0, le=600)  # without progress for this long: compute locally
+    max_session_rows: int = pydantic.Field(65536, ge=16)      # rows a slow consumer may leave unread

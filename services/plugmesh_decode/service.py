@@ -1,0 +1,222 @@
+"""The decode service on the wire."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import prometheus_client
+import structlog
+
+from plugmesh.errors import Unavailable
+from plugmesh.hookspecs import hookimpl
+from plugmesh.kv import KvClient
+from plugmesh.mesh.api import Binding, ServiceContext
+from plugmesh.metrics import Metrics
+from plugmesh.records import PrefillPolicyRecord, SchedulerContext
+from plugmesh.wire import layout_to_pb
+from plugmesh_decode.config import Settings
+from plugmesh_decode.generate import Generator
+from plugmesh_decode.session import Session
+from plugmesh_engine import Engine, EngineConfig, EngineStats, load_model
+from plugmesh_engine.fetch import fetch_manifest
+from plugmesh_engine.profile import step_timer
+from plugmesh_proto.v1 import decode_pb2 as pb
+from plugmesh_proto.v1 import decode_pb2_grpc as rpc
+from plugmesh_proto.v1 import prefill_pb2
+
+log = structlog.get_logger()
+
+PUBLISH_LOAD_S = 0.5
+
+
+def create(context: ServiceContext) -> DecodeService:
+    return DecodeService(context)
+
+
+class CorePrefillPolicy:
+    """The default rule, registered through the same door as a plugin's."""
+
+    def __init__(self, min_tokens: int) -> None:
+        self._min_tokens = min_tokens
+
+    @hookimpl
+    def register_prefill_policies(self) -> list[PrefillPolicyRecord]:
+        """Remote when the prompt is long and running sequences would have to wait for it."""
+        return [
+            PrefillPolicyRecord(
+                name="when-others-would-wait",
+                choose=lambda uncached, running, _: "remote" if uncached >= self._min_tokens and running > 0 else "local",
+            )
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class Counters:
+    """Metrics of this service; docs/operations.md defines them."""
+
+    requests: prometheus_client.Counter
+    tokens: prometheus_client.Counter
+    frames: prometheus_client.Counter
+    prefills: prometheus_client.Counter
+    blocks: prometheus_client.Gauge
+    leaked: prometheus_client.Gauge
+    sequences: prometheus_client.Gauge
+    steps: prometheus_client.Gauge
+    pending: prometheus_client.Gauge
+
+    @classmethod
+    def make(cls, metrics: Metrics) -> Counters:
+        return cls(
+            requests=metrics.counter("decode_requests", "Requests by how they ended", ("outcome",)),
+            tokens=metrics.counter("decode_tokens", "Generated tokens"),
+            frames=metrics.counter("decode_frames", "Frames sent, one per step and consumer"),
+            prefills=metrics.counter("decode_prefills", "Prompts by where they were computed", ("mode",)),
+            blocks=metrics.gauge("kv_blocks", "KV blocks of the engine's pool", ("state",)),
+            leaked=metrics.gauge("kv_blocks_leaked", "KV blocks with references that no live sequence accounts for"),
+            sequences=metrics.gauge("engine_sequences", "Sequences in the engine", ("state",)),
+            steps=metrics.gauge("engine_steps", "Steps since the start"),
+            pending=metrics.gauge("engine_pending_tokens", "Prompt tokens to compute plus tokens to generate"),
+        )
+
+    def show(self, stats: EngineStats) -> None:
+        self.blocks.labels("used").set(stats.kv_blocks_used)
+        self.blocks.labels("cached").set(stats.kv_blocks_cached)
+        self.blocks.labels("total").set(stats.kv_blocks_total)
+        self.leaked.set(stats.kv_blocks_leaked)
+        self.sequences.labels("running").set(stats.num_running)
+        self.sequences.labels("waiting").set(stats.num_waiting)
+        self.steps.set(stats.num_steps)
+        self.pending.set(stats.num_pending_tokens)
+
+
+class DecodeService(rpc.DecodeServicer):
+    """See `plugmesh.mesh.api.Service` for the life cycle."""
+
+    def __init__(self, context: ServiceContext) -> None:
+        self._context = context
+        self._settings: Settings = context.settings
+        self._counters = Counters.make(Metrics(context.metrics))
+        self._kv: KvClient | None = None
+        self._load_task: asyncio.Task[None] | None = None
+        self._sessions: set[Session] = set()
+
+    async def start(self) -> None:
+        context, settings = self._context, self._settings
+        context.plugins.register_builtin(CorePrefillPolicy(settings.remote_prefill_min_tokens))
+        manifest = await fetch_manifest(
+            context.mesh, "", settings.dtype, cache_dir=context.config.mesh.cache_dir.expanduser()
+        )
+        self._engine = await asyncio.to_thread(self._build_engine, manifest)
+        self._manifest = manifest
+        if settings.use_kvstore:
+            self._kv = KvClient(
+                context.mesh, self._engine.layout, holder=context.mesh.self_info.instance_id, incarnation=context.mesh.self_info.incarnation
+            )
+        self.generator = Generator(
+            context.mesh, self._engine, settings, context.plugins, self._kv, context.plugins.last("prefill_policies"), self._counters,
+            names={"", manifest.model, manifest.version, context.config.mesh.model},
+        )
+        self.generator.driver.start()
+        self._load_task = asyncio.create_task(self._publish_load())
+
+    def _build_engine(self, manifest: Any) -> Engine:
+        settings = self._settings
+        model = load_model(manifest, settings.dtype, settings.device)
+        config = EngineConfig(
+            dtype=settings.dtype, device=settings.device, num_blocks=settings.num_kv_blocks, max_num_sequences=settings.max_num_sequences,
+            max_tokens_per_step=settings.max_tokens_per_step, max_model_len=settings.max_model_len, max_waiting=settings.max_waiting,
+            prefix_cache=settings.prefix_cache, num_threads=settings.num_threads,
+        )
+        record = self._context.plugins.last("schedulers")
+        scheduler = None
+        if record is not None:
+            scheduler = record.build(
+                SchedulerContext(config.max_tokens_per_step, config.max_num_sequences, config.num_blocks, step_timer(model, config))
+            )
+        return Engine(model, config, scheduler=scheduler)
+
+    def bindings(self) -> Sequence[Binding]:
+        return [Binding(rpc.add_DecodeServicer_to_server, self, "plugmesh_proto.v1.Decode")]
+
+    def describe(self) -> dict[str, Any]:
+        return {"model": self._manifest.model, "weight_version": self._manifest.version, "roles": ("decode", "prefill-local")}
+
+    async def drain(self, deadline_s: float) -> None:
+        await self.generator.drain(deadline_s)
+        for session in list(self._sessions):
+            session.close(Unavailable("this decode instance has drained", retry_after_s=1))
+
+    async def stop(self) -> None:
+        if self._load_task is not None:
+            self._load_task.cancel()
+        generator = getattr(self, "generator", None)
+        if generator is not None:
+            generator.remote.close()
+            await generator.driver.stop()
+        if self._kv is not None:
+            await self._kv.close()
+
+    # The wire
+
+    async def Generate(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> AsyncIterator[pb.TokenFrame]:
+        session = Session(self._settings.max_session_rows)
+        self._sessions.add(session)
+        self.generator.begin(request, session)
+        try:
+            async for frame in session.frames():
+                yield frame
+                if frame.rows[-1].request_done:
+                    return
+        finally:
+            self._sessions.discard(session)
+            self.generator.drop_session(session)
+
+    async def Session(self, request_iterator: AsyncIterator[pb.DecodeCommand], context: grpc.aio.ServicerContext) -> AsyncIterator[pb.TokenFrame]:
+        session = Session(self._settings.max_session_rows)
+        self._sessions.add(session)
+
+        async def read() -> None:
+            async for command in request_iterator:
+                if command.WhichOneof("command") == "submit":
+                    self.generator.begin(command.submit, session)
+                else:
+                    self.generator.cancel(session, command.cancel)
+            session.close()
+
+        reader = asyncio.create_task(read())
+        reader.add_done_callback(lambda task: session.close() if task.cancelled() or task.exception() else None)
+        try:
+            async for frame in session.frames():
+                yield frame
+        finally:
+            reader.cancel()
+            self._sessions.discard(session)
+            self.generator.drop_session(session)
+
+    async def ReportPrefill(self, request: prefill_pb2.PrefillEvent, context: grpc.aio.ServicerContext) -> pb.ReportPrefillReply:
+        return pb.ReportPrefillReply(still_wanted=self.generator.remote.report(request))
+
+    async def Status(self, request: pb.DecodeStatusRequest, context: grpc.aio.ServicerContext) -> pb.DecodeStatus:
+        stats = await self.generator.driver.call(lambda engine: engine.stats())
+        return pb.DecodeStatus(
+            num_running=stats.num_running, num_waiting=stats.num_waiting, num_pending_tokens=stats.num_pending_tokens,
+            kv_blocks_used=stats.kv_blocks_used, kv_blocks_cached=stats.kv_blocks_cached, kv_blocks_total=stats.kv_blocks_total,
+            kv_blocks_leaked=stats.kv_blocks_leaked, num_steps=stats.num_steps, num_tokens_generated=stats.num_tokens_generated,
+            weight_version=self._manifest.version, model=self._manifest.model, max_model_len=self._engine.max_model_len,
+            layout=layout_to_pb(self._engine.layout),
+        )
+
+    async def _publish_load(self) -> None:
+        mesh = self._context.mesh
+        while True:
+            stats = await self.generator.driver.call(lambda engine: engine.stats())
+            self._counters.show(stats)
+            mesh.set_load(
+                num_running=stats.num_running, num_waiting=stats.num_waiting + self.generator.remote.num_waiting,
+                num_pending_tokens=stats.num_pending_tokens, kv_blocks_used=stats.kv_blocks_used, kv_blocks_total=stats.kv_blocks_total,
+            )
+            await asyncio.sleep(PUBLISH_LOAD_S)

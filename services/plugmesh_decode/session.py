@@ -1,0 +1,71 @@
+"""Rows on their way to one consumer: one frame per step, with a cap on what a slow consumer may leave unread."""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+from collections.abc import AsyncIterator, Sequence
+
+from plugmesh.errors import Overloaded, PlugmeshError
+from plugmesh_proto.v1 import decode_pb2 as pb
+
+MERGE_ABOVE_FRAMES = 32  # a consumer this far behind gets later steps merged into its last frame
+
+
+class Session:
+    """The outgoing half of one consumer's stream.
+
+    Not thread-safe: everything runs in the service's event loop.
+    """
+
+    def __init__(self, max_rows: int) -> None:
+        self.request_ids: set[str] = set()
+        self._frames: collections.deque[pb.TokenFrame] = collections.deque()
+        self._num_rows = 0
+        self._max_rows = max_rows
+        self._ready = asyncio.Event()
+        self._closed = False
+        self._error: PlugmeshError | None = None
+
+    @property
+    def overflowed(self) -> bool:
+        """The consumer left more than the cap unread; its stream ends with Overloaded."""
+        return self._error is not None
+
+    def put(self, step: int, rows: Sequence[pb.TokenRow]) -> None:
+        """Queues the rows of one step. Rows for a closed session are dropped: nobody is left to read them."""
+        if self._closed or not rows:
+            return
+        self._num_rows += len(rows)
+        if self._num_rows > self._max_rows:
+            self.close(Overloaded(f"the consumer left {self._num_rows} rows unread, more than {self._max_rows}", retry_after_s=1))
+            return
+        if len(self._frames) >= MERGE_ABOVE_FRAMES:
+            self._frames[-1].rows.extend(rows)
+            self._frames[-1].step = step
+        else:
+            self._frames.append(pb.TokenFrame(step=step, rows=rows))
+        self._ready.set()
+
+    def close(self, error: PlugmeshError | None = None) -> None:
+        """Ends `frames` after what is queued; with an error, at once."""
+        if error is not None:
+            self._error = error
+            self._frames.clear()
+        self._closed = True
+        self._ready.set()
+
+    async def frames(self) -> AsyncIterator[pb.TokenFrame]:
+        """Frames in order until `close`. Raises the error that `close` was given."""
+        while True:
+            if self._error is not None:
+                raise self._error
+            if self._frames:
+                frame = self._frames.popleft()
+                self._num_rows -= len(frame.rows)
+                yield frame
+            elif self._closed:
+                return
+            else:
+                self._ready.clear()
+                await self._ready.wait()

@@ -1,0 +1,81 @@
+"""Rows out: order kept, cost per step, a cap on what a slow consumer leaves unread."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from plugmesh.errors import Overloaded
+from plugmesh_decode.session import MERGE_ABOVE_FRAMES, Session
+from plugmesh_proto.v1 import decode_pb2 as pb
+
+
+def row(index: int) -> pb.TokenRow:
+    return pb.TokenRow(request_id="r", index=index)
+
+
+async def test_all_rows_of_one_step_leave_in_one_frame():
+    session = Session(100)
+    session.put(7, [row(0), row(1), row(2)])
+    session.close()
+    frames = [f async for f in session.frames()]
+
+    assert [(7, [0, 1, 2])] == [(f.step, [r.index for r in f.rows]) for f in frames]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(0, 5), max_size=120), st.integers(0, 120))
+def test_a_slow_consumer_gets_every_row_in_order(sizes, pause_after):
+    async def scenario():
+        session = Session(10_000)
+        sent = got = 0
+        received = []
+        frames = session.frames()
+        for step, size in enumerate(sizes):
+            session.put(step, [row(sent + i) for i in range(size)])
+            sent += size
+            if step > pause_after and got < sent:
+                frame = await anext(frames)
+                received.extend(r.index for r in frame.rows)
+                got = len(received)
+        num_frames = 0
+        session.close()
+        async for frame in frames:
+            received.extend(r.index for r in frame.rows)
+            num_frames += 1
+
+        assert list(range(sent)) == received
+        assert num_frames <= MERGE_ABOVE_FRAMES
+
+    asyncio.run(scenario())
+
+
+async def test_a_consumer_that_leaves_too_many_rows_unread_is_ended_with_overloaded():
+    session = Session(10)
+    for step in range(11):
+        session.put(step, [row(step)])
+
+    assert session.overflowed
+    with pytest.raises(Overloaded):
+        await anext(session.frames())
+
+
+async def test_a_waiting_consumer_wakes_up_for_rows_and_for_the_end():
+    session = Session(10)
+    got: list[int] = []
+
+    async def consume() -> None:
+        async for frame in session.frames():
+            got.extend(r.index for r in frame.rows)
+
+    task = asyncio.create_task(consume())
+    await asyncio.sleep(0)
+    session.put(0, [row(4)])
+    await asyncio.sleep(0)
+    session.close()
+    await asyncio.wait_for(task, 5)
+
+    assert [4] == got
