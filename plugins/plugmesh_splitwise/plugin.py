@@ -15,7 +15,6 @@ class Settings(StrictModel):
     mixed_threshold_tokens: int = pydantic.Field(2048, ge=0)
     decode_threshold_tokens: int = pydantic.Field(4096, ge=0)
     overlap_min_tokens: int = pydantic.Field(512, ge=0)
-    chunk_tokens: int = pydantic.Field(0, ge=0)
 
 
 @hookimpl
@@ -36,8 +35,6 @@ def register_kv_hand_overs(context):  # type: ignore[no-untyped-def]
     settings = context.settings(Settings)
 
     def plan(num_prompt_tokens: int, layout: object) -> HandOver:
-        if num_prompt_tokens < settings.overlap_min_tokens:
-            return HandOver(overlap=False)
-        return HandOver(chunk_tokens=settings.chunk_tokens, overlap=True)
+        return HandOver(overlap=num_prompt_tokens >= settings.overlap_min_tokens)
 
     return [KvHandOverRecord("splitwise", plan)]

@@ -13,13 +13,29 @@ from typing import Any
 import structlog
 
 from plugmesh import limits
-from plugmesh.errors import AlreadyExists, DeadlineExceeded, InternalError, InvalidRequest, NotFound, PlugmeshError, Unavailable
+from plugmesh.errors import (
+    AlreadyExists,
+    DeadlineExceeded,
+    InternalError,
+    InvalidRequest,
+    NotFound,
+    PlugmeshError,
+    Unavailable,
+)
 from plugmesh.host import PluginHost
 from plugmesh.kv import BlockRef, KvClient
 from plugmesh.mesh.api import Mesh
 from plugmesh.records import PrefillPolicyRecord
 from plugmesh.types import BLOCK_TOKENS, FinishReason, SamplingParams, TokenInfo, Usage, block_chain
-from plugmesh.wire import error_to_pb, finish_to_pb, layout_to_pb, sampling_from_pb, token_from_pb, token_to_pb, usage_to_pb
+from plugmesh.wire import (
+    error_to_pb,
+    finish_to_pb,
+    layout_to_pb,
+    sampling_from_pb,
+    token_from_pb,
+    token_to_pb,
+    usage_to_pb,
+)
 from plugmesh_decode.config import Settings
 from plugmesh_decode.prefill_remotely import RemotePrefill
 from plugmesh_decode.session import Session
@@ -67,7 +83,7 @@ class Generator:
         self.driver = EngineDriver(engine, self._on_step, self._on_engine_failure)
         self.remote = RemotePrefill(mesh, settings.remote_prefill_timeout_s)
         self.is_draining = False
-        self._model = engine.model_config
+        self._model = engine.model.config
         self._max_len = engine.max_model_len
         self._names = names
         self._live: dict[str, Generation] = {}
@@ -221,6 +237,7 @@ class Generator:
         reasons = [first_finish(t.token_id, g.sampling, self._model.eos_token_ids, len(g.request.token_ids), self._max_len) for t in tokens]
         g.resume = tuple((t.token_id,) for t in tokens)
         g.resume_finished = tuple(r is not None for r in reasons)
+        g.finished |= {i for i, reason in enumerate(reasons) if reason is not None}
         all_done = all(g.resume_finished)
         events = [
             TokenEvent(
@@ -258,10 +275,13 @@ class Generator:
                 self._unpin(g_imported)
 
     def _row(self, g: Generation, event: TokenEvent) -> pb.TokenRow:
+        told = event.sequence in g.finished and not event.tokens  # it left with a first token, or came finished
         row = pb.TokenRow(
-            request_id=event.request_id, sequence=event.sequence, index=event.index,
-            tokens=[token_to_pb(t) for t in event.tokens], finish_reason=finish_to_pb(event.finish_reason), request_done=event.request_done,
+            request_id=event.request_id, sequence=event.sequence, index=event.index, tokens=[token_to_pb(t) for t in event.tokens],
+            finish_reason=finish_to_pb(None if told and event.error is None else event.finish_reason), request_done=event.request_done,
         )
+        if event.finish_reason is not None:
+            g.finished.add(event.sequence)
         g.num_generated += len(event.tokens)
         self._counters.tokens.inc(len(event.tokens))
         if event.sequence not in g.announced:

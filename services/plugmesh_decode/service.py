@@ -16,14 +16,13 @@ from plugmesh.hookspecs import hookimpl
 from plugmesh.kv import KvClient
 from plugmesh.mesh.api import Binding, ServiceContext
 from plugmesh.metrics import Metrics
-from plugmesh.records import PrefillPolicyRecord, SchedulerContext
+from plugmesh.records import PrefillPolicyRecord
 from plugmesh.wire import layout_to_pb
 from plugmesh_decode.config import Settings
 from plugmesh_decode.generate import Generator
 from plugmesh_decode.session import Session
 from plugmesh_engine import Engine, EngineConfig, EngineStats, load_model
 from plugmesh_engine.fetch import fetch_manifest
-from plugmesh_engine.profile import step_timer
 from plugmesh_proto.v1 import decode_pb2 as pb
 from plugmesh_proto.v1 import decode_pb2_grpc as rpc
 from plugmesh_proto.v1 import prefill_pb2
@@ -131,13 +130,7 @@ class DecodeService(rpc.DecodeServicer):
             max_tokens_per_step=settings.max_tokens_per_step, max_model_len=settings.max_model_len, max_waiting=settings.max_waiting,
             prefix_cache=settings.prefix_cache, num_threads=settings.num_threads,
         )
-        record = self._context.plugins.last("schedulers")
-        scheduler = None
-        if record is not None:
-            scheduler = record.build(
-                SchedulerContext(config.max_tokens_per_step, config.max_num_sequences, config.num_blocks, step_timer(model, config))
-            )
-        return Engine(model, config, scheduler=scheduler)
+        return Engine(model, config, scheduler=self._context.plugins.last("schedulers"))
 
     def bindings(self) -> Sequence[Binding]:
         return [Binding(rpc.add_DecodeServicer_to_server, self, "plugmesh_proto.v1.Decode")]

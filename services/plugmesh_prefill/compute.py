@@ -11,7 +11,15 @@ from dataclasses import dataclass, field
 import structlog
 
 from plugmesh import limits
-from plugmesh.errors import AlreadyExists, DeadlineExceeded, FailedPrecondition, InternalError, InvalidRequest, PlugmeshError, Unavailable
+from plugmesh.errors import (
+    AlreadyExists,
+    DeadlineExceeded,
+    FailedPrecondition,
+    InternalError,
+    InvalidRequest,
+    PlugmeshError,
+    Unavailable,
+)
 from plugmesh.host import PluginHost
 from plugmesh.kv import BlockRef, KvClient
 from plugmesh.records import HandOver, KvHandOverRecord
@@ -54,7 +62,7 @@ class PrefillRunner:
         self._hand_over = hand_over
         self._instance = instance
         self._max_jobs = max_jobs
-        self._vocab_size = engine.model_config.vocab_size
+        self._vocab_size = engine.model.config.vocab_size
         self._jobs: dict[str, _Job] = {}
         self._idle = asyncio.Event()
         self._idle.set()
@@ -101,7 +109,7 @@ class PrefillRunner:
             await self.driver.submit(
                 EngineRequest(
                     request_id=job.job_id, token_ids=ids, sampling=dataclasses.replace(sampling, max_tokens=max(1, sampling.max_tokens)),
-                    prefill_only=True, kv=sources, max_chunk_tokens=hand_over.chunk_tokens,
+                    prefill_only=True, kv=sources,
                 )
             )
             is_last = False

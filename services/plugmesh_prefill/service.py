@@ -14,10 +14,9 @@ from plugmesh.hookspecs import hookimpl
 from plugmesh.kv import KvClient
 from plugmesh.mesh.api import Binding, ServiceContext
 from plugmesh.metrics import Metrics
-from plugmesh.records import HandOver, KvHandOverRecord, SchedulerContext
+from plugmesh.records import HandOver, KvHandOverRecord
 from plugmesh_engine import Engine, EngineConfig, load_model
 from plugmesh_engine.fetch import fetch_manifest
-from plugmesh_engine.profile import step_timer
 from plugmesh_prefill.compute import PrefillRunner
 from plugmesh_prefill.config import Settings
 from plugmesh_prefill.take_jobs import JobTaker
@@ -85,13 +84,7 @@ class PrefillService(rpc.PrefillServicer):
             max_tokens_per_step=settings.max_tokens_per_step, max_model_len=settings.max_model_len, prefix_cache=settings.prefix_cache,
             num_threads=settings.num_threads,
         )
-        record = self._context.plugins.last("schedulers")
-        scheduler = None
-        if record is not None:
-            scheduler = record.build(
-                SchedulerContext(config.max_tokens_per_step, config.max_num_sequences, config.num_blocks, step_timer(model, config))
-            )
-        return Engine(model, config, scheduler=scheduler)
+        return Engine(model, config, scheduler=self._context.plugins.last("schedulers"))
 
     def bindings(self) -> Sequence[Binding]:
         return [Binding(rpc.add_PrefillServicer_to_server, self, "plugmesh_proto.v1.Prefill")]

@@ -91,14 +91,12 @@ class RouterRecord:
 
 @dataclass(frozen=True, slots=True)
 class HandOver:
-    """How the KV of one prompt travels from prefill to decode.
+    """How the KV of one prompt travels from prefill to decode, in the chunks that the prefill instance's scheduler cuts.
 
     Attributes:
-        chunk_tokens: Prompt tokens computed per step while handing over; 0 leaves it to the scheduler.
         overlap: True stores finished blocks while the next chunk is computed, False stores all after the last one.
     """
 
-    chunk_tokens: int = 0
     overlap: bool = True
 
 
