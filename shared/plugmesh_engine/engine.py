@@ -1,0 +1,544 @@
+"""The engine: `step()` schedules, runs, samples and emits."""
+
+from __future__ import annotations
+
+import bisect
+import secrets
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
+from typing import Any
+
+import structlog
+import torch
+
+from plugmesh.errors import AlreadyExists, ConfigError, InternalError, NotFound, Overloaded, PlugmeshError
+from plugmesh.records import SchedulerContext
+from plugmesh.types import BLOCK_TOKENS, FinishReason, KvLayout, TokenInfo, Usage, block_chain, block_id
+from plugmesh_engine.admission import check_request
+from plugmesh_engine.batch import Rows
+from plugmesh_engine.config import EngineConfig
+from plugmesh_engine.kv.pool import BlockPool, OutOfBlocks
+from plugmesh_engine.measure import measure_step_ms
+from plugmesh_engine.requests import BlockReady, EngineRequest, EngineStats, StepOutput, TokenEvent
+from plugmesh_engine.runner import Runner
+from plugmesh_engine.sampler import SampleRow, needs_counts, sample
+from plugmesh_engine.scheduler import FcfsScheduler
+from plugmesh_engine.seams import AttentionBackend, Scheduler, SequenceView
+from plugmesh_engine.sequence import Group, State
+from plugmesh_engine.sequence import Sequence as Seq
+from plugmesh_engine.weights import LoadedModel
+
+log = structlog.get_logger()
+
+Planned = tuple[Seq, int]
+
+
+class Engine:
+    """Runs many requests together on one model.
+
+    One thread owns an engine; nothing here locks. Knows nothing of text, deadlines, streams or the network.
+
+    Args:
+        scheduler: A `seams.Scheduler`, or a `plugmesh.records.SchedulerRecord` to build one from; None for the engine's own.
+        attention: Called with the pool's storage and the number of query heads; None for plain torch.
+    """
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        config: EngineConfig,
+        *,
+        scheduler: Any = None,
+        attention: Callable[[torch.Tensor, int], AttentionBackend] | None = None,
+    ) -> None:
+        if (model.dtype, model.device) != (config.dtype, config.device):
+            raise ConfigError(f"the model was loaded as {model.dtype} on {model.device}, the engine is set to {config.dtype} on {config.device}")
+        if config.num_threads:
+            torch.set_num_threads(config.num_threads)
+        c = model.config
+        self.model = model
+        self.config = config
+        self.max_model_len = min(config.max_model_len or c.max_position, c.max_position)
+        itemsize = torch.finfo(getattr(torch, model.dtype)).bits // 8
+        self.layout = KvLayout(
+            model=model.version, codec="raw", dtype=model.dtype, num_layers=c.num_layers, num_kv_heads=c.num_kv_heads, head_dim=c.head_dim,
+            block_tokens=BLOCK_TOKENS, block_bytes=c.num_layers * 2 * BLOCK_TOKENS * c.num_kv_heads * c.head_dim * itemsize,
+        )  # fmt: skip
+        self._layout_key = self.layout.key()
+        self._pool = BlockPool(self.layout, config.num_blocks, model.device)
+        self._runner = Runner(model, self._pool, attention(self._pool.storage, c.num_heads) if attention else None)
+        self._groups: dict[str, Group] = {}
+        self._retained: dict[str, list[int]] = {}
+        self._waiting: list[Seq] = []  # by Seq.order
+        self._running: list[Seq] = []  # by Seq.order
+        self._out = StepOutput(step=0)
+        self._arrivals = 0
+        self._num_steps = self._num_generated = self._num_preemptions = self._num_scheduler_errors = 0
+        self._prefix_hits = self._prefix_queries = self._num_imported = 0
+        self._own_scheduler: Scheduler = FcfsScheduler(config.max_tokens_per_step, config.max_num_sequences)
+        self._scheduler_name = getattr(scheduler, "name", type(scheduler).__name__)
+        self._scheduler: Scheduler = self._own_scheduler if scheduler is None else scheduler
+        if hasattr(scheduler, "build"):
+            context = SchedulerContext(config.max_tokens_per_step, config.max_num_sequences, config.num_blocks, self.measure_step_ms)
+            self._scheduler = scheduler.build(context)
+
+    # -- requests in and out ---------------------------------------------------------------------------------------
+
+    def add(self, request: EngineRequest) -> None:
+        """Queues a request. Nothing changes when it raises.
+
+        Raises:
+            AlreadyExists: The id is in use, by a retained prompt perhaps.
+            Overloaded: `max_waiting` requests wait already.
+            ContextLengthExceeded: Prompt plus max_tokens exceed the context, or the prompt the KV pool.
+            InvalidRequest: A field is out of range; `param` names it.
+        """
+        if request.request_id in self._groups or request.request_id in self._retained:
+            raise AlreadyExists(f"request id {request.request_id!r} is in use", param="request_id")
+        check_request(request, self.model.config, self.config, self.max_model_len, self.layout)
+        if len(self._waiting) >= self.config.max_waiting:
+            raise Overloaded(f"{len(self._waiting)} requests wait already", retry_after_s=1.0)
+        sampling = request.sampling
+        seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
+        group = Group(request, self._arrivals, seed, kv=request.kv, cache=request.use_prefix_cache and self.config.prefix_cache)
+        self._arrivals += 1
+        for i in range(sampling.num_sequences):
+            old = request.resume[i] if request.resume else ()
+            seq = Seq(group, i, [*request.token_ids, *old], num_resumed=len(old))
+            if needs_counts(sampling):
+                seq.counts = {}
+                for token in old:
+                    seq.count(token)
+            group.sequences.append(seq)
+        self._groups[request.request_id] = group
+        if request.request_id in self._out.kv_imported:  # an earlier request of that name; its buffers are its owner's concern now
+            self._out.kv_imported.remove(request.request_id)
+        self._finish_complete_resumes(group)
+        if alive := group.alive:
+            group.forked = len(alive) == 1
+            self._wait(alive[0])
+
+    def cancel(self, request_id: str, sequence: int | None = None) -> bool:
+        """Ends a request, or one sequence of it, and frees its blocks at once. No event follows for what was cancelled.
+
+        Returns:
+            Whether anything was alive; also True for a retained prompt, which is released.
+        """
+        group = self._groups.get(request_id)
+        if group is None:
+            return sequence is None and self.release(request_id)
+        victims = [s for s in group.alive if sequence is None or s.index == sequence]
+        for s in victims:
+            self._end(s, FinishReason.CANCELLED)
+        if not group.alive:
+            self._close(group)
+        return bool(victims)
+
+    def release(self, request_id: str) -> bool:
+        """Lets go of the blocks of a finished prefill_only request. True if there were any; calling it twice is harmless."""
+        blocks = self._retained.pop(request_id, None)
+        if blocks is None:
+            return False
+        self._pool.drop(reversed(blocks))
+        return True
+
+    def export_block(self, request_id: str, block_index: int) -> memoryview:
+        """Bytes of one block of a prompt in `KvLayout` order.
+
+        On a CPU this is the pool's own memory: valid while the request is alive or retained, and final once `BlockReady` announced the block.
+
+        Raises:
+            NotFound: No such request, or not that many blocks.
+        """
+        blocks = self._retained.get(request_id)
+        if blocks is None and request_id in self._groups:
+            blocks = next((s.blocks for s in self._groups[request_id].alive if s.blocks), None)
+        if blocks is None or not 0 <= block_index < len(blocks):
+            raise NotFound(f"request {request_id!r} holds no block {block_index}")
+        return self._pool.read(blocks[block_index])
+
+    def cached_prefix(self, token_ids: Sequence[int]) -> int:
+        """Tokens at the start of a prompt whose KV the prefix cache holds; full blocks only. Changes nothing."""
+        if not self.config.prefix_cache:
+            return 0
+        return len(self._pool.prefix.match(block_chain(self._layout_key, token_ids))) * BLOCK_TOKENS
+
+    def has_work(self) -> bool:
+        """Whether `step` has something to do or to tell."""
+        return bool(self._waiting or self._running or self._out.tokens or self._out.kv_imported)
+
+    def stats(self) -> EngineStats:
+        """Gauges and counters as of now; audits the reference counts, which costs tens of microseconds."""
+        alive = [s for g in self._groups.values() for s in g.alive]
+        held = chain(chain.from_iterable(s.blocks for s in alive), chain.from_iterable(self._retained.values()))
+        pending = sum(
+            max(0, g.num_prompt - max((s.num_computed for s in g.alive), default=0))
+            + sum(g.request.sampling.max_tokens - s.num_generated for s in g.alive if not g.request.prefill_only)
+            for g in self._groups.values()
+        )
+        return EngineStats(
+            num_running=sum(s.num_slots for s in self._running), num_waiting=len(self._waiting), num_pending_tokens=pending,
+            kv_blocks_used=self._pool.num_used, kv_blocks_cached=self._pool.prefix.num_idle, kv_blocks_total=self._pool.num_total,
+            kv_blocks_leaked=self._pool.leaked(held), num_steps=self._num_steps, num_tokens_generated=self._num_generated,
+            num_preemptions=self._num_preemptions, prefix_hit_tokens=self._prefix_hits, prefix_query_tokens=self._prefix_queries,
+            num_imported_tokens=self._num_imported, num_scheduler_errors=self._num_scheduler_errors,
+        )  # fmt: skip
+
+    def measure_step_ms(self, num_prefill_tokens: int, num_decodes: int, kv_tokens: int) -> float:
+        """Milliseconds of one synthetic step; see `plugmesh.records.SchedulerContext`. Leaves the engine as it was. Raises Overloaded when blocks are short."""
+        return measure_step_ms(self._runner, self._pool, self.model.config.vocab_size, num_prefill_tokens, num_decodes, kv_tokens)
+
+    # -- one step --------------------------------------------------------------------------------------------------
+
+    def step(self) -> StepOutput:
+        """One forward pass over what the scheduler chose. Safe to call without work."""
+        plan = self._schedule()
+        plan, logits = self._run(plan)
+        sampled = self._sample(plan, logits)
+        return self._emit(sampled)
+
+    def _schedule(self) -> list[Planned]:
+        """Asks the scheduler, then admits, takes blocks and preempts until the plan can run."""
+        try:
+            wishes = self._scheduler.schedule(tuple(self._waiting), tuple(self._running), self)
+            self._check_plan(wishes)
+        except Exception as e:
+            if self._scheduler is self._own_scheduler:
+                raise
+            self._num_scheduler_errors += 1
+            log.warning("engine.scheduler_failed", scheduler=self._scheduler_name, error=type(e).__name__, count=self._num_scheduler_errors)
+            wishes = self._own_scheduler.schedule(tuple(self._waiting), tuple(self._running), self)
+        plan: list[Planned] = []
+        may_enter = {id(s) for s in self._waiting}  # not those that this very step preempts
+        for seq, num_tokens in wishes:
+            assert isinstance(seq, Seq)
+            if seq.state is State.WAITING and id(seq) in may_enter and not self._admit(seq):
+                may_enter.clear()  # nobody overtakes the one that did not fit
+            if seq.state is State.RUNNING and self._make_room(seq, num_tokens := min(num_tokens, seq.num_pending)):
+                plan.append((seq, num_tokens))
+        return [(s, n) for s, n in plan if s.state is State.RUNNING]  # a later one may have preempted an earlier one
+
+    def _check_plan(self, wishes: Sequence[tuple[SequenceView, int]]) -> None:
+        known = {id(s) for s in chain(self._waiting, self._running)}
+        for seq, num_tokens in wishes:
+            if id(seq) not in known:
+                raise ValueError("the plan names a sequence twice, or one that was not offered")
+            known.discard(id(seq))
+            if not 1 <= num_tokens <= self.pending(seq):
+                raise ValueError(f"{num_tokens} tokens planned, {self.pending(seq)} pending")
+
+    def _run(self, plan: list[Planned]) -> tuple[list[Planned], torch.Tensor | None]:
+        """Computes the plan. When that raises, each sequence runs alone, and those that raise again end with an error."""
+        if not plan:
+            return plan, None
+        self._num_steps += 1
+        logits: torch.Tensor | None
+        try:
+            logits = self._runner.run([self._rows(s, n) for s, n in plan])
+            done = plan
+        except Exception as e:
+            log.warning("engine.step_failed", num_sequences=len(plan), error=type(e).__name__)
+            parts, done = [], []
+            for s, n in plan:
+                if s.state is not State.RUNNING:  # its sibling failed
+                    continue
+                try:
+                    parts.append(self._runner.run([self._rows(s, n)]))
+                    done.append((s, n))
+                except Exception as e1:
+                    log.exception("engine.sequence_failed", request_id=s.request_id)
+                    self._fail(s.group, e1 if isinstance(e1, PlugmeshError) else InternalError("the model failed on this request"))
+            done = [(s, n) for s, n in done if s.state is State.RUNNING]
+            logits = torch.cat(parts) if parts else None
+            if len(parts) != len(done):  # a sibling's failure took others of its request along; start over without them
+                return self._run(done)
+        for s, n in done:
+            s.num_computed += n
+        return done, logits
+
+    def _sample(self, plan: list[Planned], logits: torch.Tensor | None) -> list[tuple[Seq, TokenInfo | None]]:
+        """Tokens for every sequence whose pending tokens are all computed; prompts shared by siblings are forked here."""
+        self._after_compute(plan)
+        pairs: list[tuple[Seq, int]] = []  # sequence and row of the logits
+        row = 0
+        for s, _ in plan:
+            if s.num_computed < s.target:
+                continue
+            if s.group.forked:
+                pairs.append((s, row))
+            else:
+                self._fork(s)
+                pairs.extend((sibling, row) for sibling in s.group.alive if sibling.num_computed == len(sibling.tokens))
+            row += 1
+        if not pairs or logits is None:
+            return []
+        chosen = logits if [r for _, r in pairs] == list(range(len(logits))) else logits[[r for _, r in pairs]]
+        infos = sample(chosen, [self._sample_row(s) for s, _ in pairs])
+        return [(s, info) for (s, _), info in zip(pairs, infos, strict=True)]
+
+    def _emit(self, sampled: list[tuple[Seq, TokenInfo | None]]) -> StepOutput:
+        """Appends the tokens, ends what is complete, and hands over the step's output."""
+        for s, info in sampled:
+            if s.state is not State.RUNNING:  # a sibling's error ended the request
+                continue
+            if info is None:
+                self._fail(s.group, InternalError("the model gave no finite logits for this request"))
+                continue
+            index = s.num_generated
+            s.tokens.append(info.token_id)
+            s.count(info.token_id)
+            self._num_generated += 1
+            reason = self._finish_reason(s, info.token_id)
+            if reason is not None or s.group.request.prefill_only:
+                self._end(s, reason or FinishReason.LENGTH)
+            self._tell(s, index, (info,), reason)
+        out, self._out = self._out, StepOutput(step=self._num_steps + 1)
+        out.step = self._num_steps
+        return out
+
+    # -- memory ----------------------------------------------------------------------------------------------------
+
+    # `KvView`, for schedulers
+
+    @property
+    def num_free(self) -> int:
+        return self._pool.num_free
+
+    @property
+    def num_total(self) -> int:
+        return self._pool.num_total
+
+    @property
+    def watermark(self) -> int:
+        return max(1, self._pool.num_total // 100)
+
+    def pending(self, sequence: SequenceView) -> int:
+        s = self._seq(sequence)
+        return s.num_pending if s.state is State.RUNNING else self._target_after(s, self._found(s)) - self._found(s)
+
+    def blocks_for(self, sequence: SequenceView, num_tokens: int) -> int:
+        s = self._seq(sequence)
+        if s.state is State.RUNNING:
+            new = -(-(s.num_computed + num_tokens) // BLOCK_TOKENS) - len(s.blocks)
+            return new + int(self._writes_shared_block(s))
+        cached = self._matched(s)
+        revived = sum(self._pool.prefix.is_idle(b) for b in cached)  # they count as free until they are taken
+        return -(-(self._found(s) + num_tokens) // BLOCK_TOKENS) - len(cached) + revived
+
+    @staticmethod
+    def _seq(sequence: SequenceView) -> Seq:
+        assert isinstance(sequence, Seq)
+        return sequence
+
+    def _limit(self, s: Seq) -> int:
+        """Tokens of a waiting sequence that may be found rather than computed: one is left to sample from."""
+        return len(s.tokens) - 1 if s.group.forked else s.group.num_prompt - s.num_needed
+
+    def _matched(self, s: Seq) -> list[int]:
+        if not s.group.cache:
+            return []
+        return self._pool.prefix.match(s.names_upto(self._limit(s), self._layout_key))
+
+    def _found(self, s: Seq) -> int:
+        """Tokens that a waiting sequence finds in the prefix cache or brings along."""
+        return max(len(self._matched(s)) * BLOCK_TOKENS, min(sum(k.num_tokens for k in s.group.kv), self._limit(s)))
+
+    @staticmethod
+    def _target_after(s: Seq, found: int) -> int:
+        """What `Seq.target` will be once `found` tokens are in place: a complete prompt is forked at once."""
+        return len(s.tokens) if found >= s.group.num_prompt else s.target
+
+    def _admit(self, s: Seq) -> bool:
+        """Gives a waiting sequence what the cache holds and the KV it brings, and lets it run. False when slots or blocks are short."""
+        if sum(r.num_slots for r in self._running) + s.num_slots > self.config.max_num_sequences:
+            return False
+        matched, limit = self._matched(s), self._limit(s)
+        for block in matched:
+            self._pool.hold(block)
+        blocks, found = list(matched), len(matched) * BLOCK_TOKENS
+        try:
+            for source in s.group.kv[len(matched) :]:
+                block = self._pool.take(zero=False)
+                self._pool.write(block, source.data, source.num_tokens)
+                blocks.append(block)
+                found += source.num_tokens
+        except OutOfBlocks:
+            self._pool.drop(reversed(blocks))
+            return False
+        found = min(found, limit)
+        self._prefix_queries += limit
+        self._prefix_hits += len(matched) * BLOCK_TOKENS
+        self._num_imported += max(0, found - len(matched) * BLOCK_TOKENS)
+        if s.group.num_cached_tokens < 0:
+            s.group.num_cached_tokens = min(found, s.group.num_prompt)
+        s.blocks, s.num_computed = blocks, found
+        s.num_registered = len(matched)
+        self._drop_imports(s.group)
+        self._waiting.remove(s)
+        s.state = State.RUNNING
+        bisect.insort(self._running, s, key=lambda r: r.order)
+        self._after_compute([(s, 0)])
+        if not s.group.forked and s.num_computed >= s.group.num_prompt:
+            self._fork(s)
+        return True
+
+    def _make_room(self, s: Seq, num_tokens: int) -> bool:
+        """Blocks for the next tokens, by preempting the newest if need be. False when the sequence itself had to go."""
+        while s.state is State.RUNNING:
+            try:
+                if self._writes_shared_block(s):
+                    i = s.num_computed // BLOCK_TOKENS
+                    s.blocks[i] = self._pool.own(s.blocks[i])
+                while len(s.blocks) * BLOCK_TOKENS < s.num_computed + num_tokens:
+                    s.blocks.append(self._pool.take())
+                return True
+            except OutOfBlocks:
+                if len(self._running) == 1 and not self._retained:
+                    self._fail(s.group, Overloaded(f"the KV pool of {self._pool.num_total} blocks is too small to go on with this request"))
+                else:
+                    self._preempt(self._running[-1])
+        return False
+
+    def _writes_shared_block(self, s: Seq) -> bool:
+        i = s.num_computed // BLOCK_TOKENS
+        return i < len(s.blocks) and self._pool.refs[s.blocks[i]] > 1
+
+    def _preempt(self, s: Seq) -> None:
+        """Takes a sequence's blocks; it waits, and recomputes what the prefix cache has lost by then."""
+        self._num_preemptions += 1
+        self._running.remove(s)
+        self._drop_blocks(s)
+        self._wait(s)
+        log.debug("engine.preempted", request_id=s.request_id, sequence=s.index)
+
+    def _wait(self, s: Seq) -> None:
+        s.state = State.WAITING
+        bisect.insort(self._waiting, s, key=lambda w: w.order)
+
+    def _fork(self, first: Seq) -> None:
+        """The prompt is complete: every sibling gets references to its blocks. The partial last one is copied by whoever writes first."""
+        first.group.forked = True
+        for s in first.group.alive:
+            if s is first:
+                continue
+            s.blocks = list(first.blocks)
+            for block in s.blocks:
+                self._pool.hold(block)
+            s.num_computed = first.num_computed
+            s.num_registered = first.num_registered
+            s.block_ids = first.block_ids[: s.num_computed // BLOCK_TOKENS]
+            s.state = State.RUNNING
+            bisect.insort(self._running, s, key=lambda r: r.order)
+
+    def _after_compute(self, plan: Iterable[Planned]) -> None:
+        """Makes new full blocks findable and announces those of prefill_only prompts."""
+        for s, _ in plan:
+            if s.group.cache:
+                s.register(self._pool.prefix, self._layout_key)
+            if s.group.request.prefill_only:
+                self._announce(s)
+
+    def _announce(self, s: Seq) -> None:
+        g, prompt = s.group, s.group.request.token_ids
+        computed = min(s.num_computed, g.num_prompt)
+        last = -(-g.num_prompt // BLOCK_TOKENS) if computed == g.num_prompt else computed // BLOCK_TOKENS
+        if g.num_blocks_announced == last:
+            return
+        names = s.names_upto(computed, self._layout_key)
+        if last > len(names):
+            parent = names[-1] if names else self._layout_key
+            names = [*names, block_id(parent, prompt[len(names) * BLOCK_TOKENS :])]
+        for i in range(g.num_blocks_announced, last):
+            parent = names[i - 1] if i else self._layout_key
+            num_tokens = min(BLOCK_TOKENS, g.num_prompt - i * BLOCK_TOKENS)
+            self._out.blocks_ready.append(BlockReady(s.request_id, i, names[i], parent, num_tokens))
+        g.num_blocks_announced = last
+
+    def _drop_blocks(self, s: Seq) -> None:
+        self._pool.drop(reversed(s.blocks))
+        s.blocks, s.num_computed, s.num_registered = [], 0, 0
+
+    def _drop_imports(self, g: Group) -> None:
+        if g.kv:
+            g.kv = ()
+            self._out.kv_imported.append(g.request.request_id)
+
+    # -- ends ------------------------------------------------------------------------------------------------------
+
+    def _end(self, s: Seq, reason: FinishReason) -> None:
+        """Takes a sequence out. Its blocks are freed, retained for a prefill_only prompt, or passed to a sibling when the prompt was being computed for both."""
+        old_state, g = s.state, s.group
+        s.state, s.finish_reason = State.FINISHED, reason
+        if old_state is State.RUNNING:
+            self._running.remove(s)
+        elif old_state is State.WAITING:
+            self._waiting.remove(s)
+        alive = g.alive
+        if not g.forked and old_state is not State.UNBORN and alive:
+            heir = alive[0]
+            heir.blocks, s.blocks = s.blocks, []
+            heir.num_computed, heir.num_registered = s.num_computed, s.num_registered
+            heir.block_ids = s.block_ids[: heir.num_computed // BLOCK_TOKENS]
+            heir.state = old_state
+            bisect.insort(self._running if old_state is State.RUNNING else self._waiting, heir, key=lambda r: r.order)
+        if not g.forked and len(alive) == 1:
+            g.forked = True
+        kept = g.request.prefill_only and reason in (FinishReason.STOP, FinishReason.LENGTH)
+        if kept and g.request.request_id not in self._retained:
+            self._retained[g.request.request_id], s.blocks = s.blocks, []
+        self._drop_blocks(s)
+
+    def _close(self, g: Group) -> None:
+        self._drop_imports(g)
+        del self._groups[g.request.request_id]
+
+    def _tell(self, s: Seq, index: int, tokens: tuple[TokenInfo, ...], reason: FinishReason | None, error: PlugmeshError | None = None) -> None:
+        done = not s.group.alive
+        usage = self._usage(s.group) if done else None
+        self._out.tokens.append(TokenEvent(s.request_id, s.index, index, tokens, reason, done, usage, error))
+        if done:
+            self._close(s.group)
+
+    def _fail(self, g: Group, error: PlugmeshError) -> None:
+        """Ends a whole request with one error event. What it computed is not trusted to be found by others."""
+        alive = g.alive
+        for s in alive:
+            self._pool.forget(s.blocks)
+            self._end(s, FinishReason.ERROR)
+        if blocks := self._retained.get(g.request.request_id):
+            self._pool.forget(blocks)
+            self.release(g.request.request_id)
+        self._tell(alive[0], alive[0].num_generated, (), FinishReason.ERROR, error)
+
+    def _finish_complete_resumes(self, g: Group) -> None:
+        """Ends sequences that came complete: marked so, or whose tokens end them anyway."""
+        for s in list(g.alive):
+            known = bool(g.request.resume_finished and g.request.resume_finished[s.index])
+            reason = FinishReason.STOP if known else self._finish_reason(s, s.tokens[-1]) if s.num_resumed else None
+            if reason is not None:
+                self._end(s, reason)
+                if not known or not g.alive:  # an end that was told before is told again only to end the request
+                    self._tell(s, s.num_generated, (), reason)
+
+    def _finish_reason(self, s: Seq, token: int) -> FinishReason | None:
+        if token in s.group.end_ids(self.model.config.eos_token_ids):
+            return FinishReason.STOP
+        if s.num_generated >= s.sampling.max_tokens or len(s.tokens) >= self.max_model_len:
+            return FinishReason.LENGTH
+        return None
+
+    def _usage(self, g: Group) -> Usage:
+        return Usage(g.num_prompt, sum(s.num_generated for s in g.sequences), max(0, g.num_cached_tokens))
+
+    # -- rows ------------------------------------------------------------------------------------------------------
+
+    def _rows(self, s: Seq, num_tokens: int) -> Rows:
+        end = s.num_computed + num_tokens
+        return Rows(s.tokens[s.num_computed : end], s.num_computed, s.blocks, logits=end == s.target)
+
+    def _sample_row(self, s: Seq) -> SampleRow:
+        g = s.group
+        return SampleRow(
+            params=s.sampling, seed=g.seed, sequence=s.index, position=s.num_generated, prompt_ids=g.distinct_prompt_ids(),
+            counts=s.counts or {}, end_ids=g.end_ids(self.model.config.eos_token_ids),
+        )  # fmt: skip

@@ -1,0 +1,34 @@
+"""Times one step of a given shape on the real model, for schedulers that derive their budget from it."""
+
+from __future__ import annotations
+
+import time
+
+from plugmesh.errors import Overloaded
+from plugmesh.types import BLOCK_TOKENS
+from plugmesh_engine.batch import Rows
+from plugmesh_engine.kv.pool import BlockPool, OutOfBlocks
+from plugmesh_engine.runner import Runner
+
+
+def measure_step_ms(runner: Runner, pool: BlockPool, vocab_size: int, num_prefill_tokens: int, num_decodes: int, kv_tokens: int) -> float:
+    """Wall time of a step of one chunk at the start of a prompt beside decodes that have `kv_tokens` each.
+
+    Blocks are taken from the pool for the time of the call. Raises Overloaded when there are not enough.
+    """
+    taken: list[int] = []
+    try:
+        rows: list[Rows] = []
+        for length, computed in [(num_prefill_tokens, 0)] * (num_prefill_tokens > 0) + [(1, kv_tokens)] * num_decodes:
+            blocks = [pool.take() for _ in range(-(-(length + computed) // BLOCK_TOKENS))]
+            taken += blocks
+            rows.append(Rows([i % vocab_size for i in range(length)], computed, blocks, logits=computed > 0 or num_decodes == 0))
+        if not rows:
+            return 0.0
+        start = time.perf_counter()
+        runner.run(rows)
+        return (time.perf_counter() - start) * 1e3
+    except OutOfBlocks:
+        raise Overloaded(f"{len(taken)} free blocks are too few to measure a step of this size") from None
+    finally:
+        pool.drop(taken)

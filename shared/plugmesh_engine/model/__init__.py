@@ -1,0 +1,1 @@
+"""Model graphs and the multiplications below them."""

@@ -1,0 +1,140 @@
+"""The Llama family: RMS norm, rotary positions, grouped-query attention, SwiGLU.
+
+Architecture: Touvron et al., arXiv:2302.13971; rotary positions: Su et al., arXiv:2104.09864.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from plugmesh.errors import ConfigError
+from plugmesh.types import ModelConfig
+from plugmesh_engine.batch import Batch
+from plugmesh_engine.model.linear import FloatFormat
+from plugmesh_engine.seams import AttentionBackend, WeightFormat
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """Weights of one layer; matrices are (out, in)."""
+
+    input_norm: torch.Tensor
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    o: torch.Tensor
+    q_bias: torch.Tensor | None
+    k_bias: torch.Tensor | None
+    v_bias: torch.Tensor | None
+    o_bias: torch.Tensor | None
+    mlp_norm: torch.Tensor
+    gate: torch.Tensor
+    up: torch.Tensor
+    down: torch.Tensor
+
+
+class Llama:
+    """The graph, without state of its own: KV lives behind the attention backend.
+
+    Args:
+        tensors: Hugging Face names to tensors, all of one dtype and device. Not copied.
+    """
+
+    def __init__(self, config: ModelConfig, tensors: Mapping[str, torch.Tensor]) -> None:
+        self.config = config
+        self.format: WeightFormat = FloatFormat()
+        self.embedding = tensors["model.embed_tokens.weight"]
+        self.norm = tensors["model.norm.weight"]
+        self.head = self.embedding if config.tie_word_embeddings else tensors["lm_head.weight"]
+        self.layers = [self._layer(tensors, f"model.layers.{i}.") for i in range(config.num_layers)]
+        self._cos, self._sin = rope_tables(config, self.embedding.device)
+
+    @staticmethod
+    def _layer(tensors: Mapping[str, torch.Tensor], prefix: str) -> Layer:
+        def linear(name: str) -> torch.Tensor:
+            return tensors[f"{prefix}{name}.weight"]
+
+        def bias(name: str) -> torch.Tensor | None:
+            return tensors.get(f"{prefix}{name}.bias")
+
+        return Layer(
+            input_norm=linear("input_layernorm"),
+            q=linear("self_attn.q_proj"), k=linear("self_attn.k_proj"), v=linear("self_attn.v_proj"), o=linear("self_attn.o_proj"),
+            q_bias=bias("self_attn.q_proj"), k_bias=bias("self_attn.k_proj"), v_bias=bias("self_attn.v_proj"), o_bias=bias("self_attn.o_proj"),
+            mlp_norm=linear("post_attention_layernorm"),
+            gate=linear("mlp.gate_proj"), up=linear("mlp.up_proj"), down=linear("mlp.down_proj"),
+        )  # fmt: skip
+
+    def hidden(self, batch: Batch, attention: AttentionBackend) -> torch.Tensor:
+        """(T, hidden) after the last layer, before the final norm. Writes KV through `attention`."""
+        c, linear, prepare = self.config, self.format.linear, self.format.prepare_input
+        attention.plan(batch)
+        cos, sin = self._cos[batch.positions][:, None], self._sin[batch.positions][:, None]
+        x = F.embedding(batch.token_ids, self.embedding)
+        num_rows = x.shape[0]
+        for i, w in enumerate(self.layers):
+            h = prepare(F.rms_norm(x, (c.hidden_size,), w.input_norm, c.rms_norm_eps))
+            q = linear(h, w.q, w.q_bias).view(num_rows, c.num_heads, c.head_dim)
+            k = linear(h, w.k, w.k_bias).view(num_rows, c.num_kv_heads, c.head_dim)
+            v = linear(h, w.v, w.v_bias).view(num_rows, c.num_kv_heads, c.head_dim)
+            qk = rotate(torch.cat((q, k), dim=1), cos, sin, c.rope_style)
+            a = attention.run(qk[:, : c.num_heads], qk[:, c.num_heads :], v, i)
+            x = x + linear(prepare(a.reshape(num_rows, -1)), w.o, w.o_bias)
+            h = prepare(F.rms_norm(x, (c.hidden_size,), w.mlp_norm, c.rms_norm_eps))
+            x = x + linear(prepare(F.silu(linear(h, w.gate)) * linear(h, w.up)), w.down)
+        return x
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """(R, vocab) float32 for rows of `hidden`."""
+        h = F.rms_norm(x, (self.config.hidden_size,), self.norm, self.config.rms_norm_eps)
+        return self.format.linear(self.format.prepare_input(h), self.head).float()
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, style: str) -> torch.Tensor:
+    """Turns each pair of x (T, heads, head_dim) by its position's angle; cos and sin are (T, 1, head_dim / 2) float32."""
+    if style == "interleaved":
+        a, b = x[..., 0::2], x[..., 1::2]
+        return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).to(x.dtype)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)
+
+
+def rope_tables(config: ModelConfig, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of every position and pair, (max_position, head_dim / 2) float32.
+
+    Raises:
+        ConfigError: A `rope_scaling` of a kind that this engine does not know, or an unknown `rope_style`.
+    """
+    if config.rope_style not in ("half", "interleaved"):
+        raise ConfigError(f"unknown rope_style {config.rope_style!r}")
+    inverse = config.rope_theta ** (-torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim)
+    scaling = config.rope_scaling
+    kind = str(scaling.get("rope_type", scaling.get("type", "default"))) if scaling else "default"
+    if kind == "linear":
+        inverse = inverse / _number(scaling, "factor")
+    elif kind == "llama3":
+        inverse = _llama3(inverse, scaling)
+    elif kind != "default":
+        raise ConfigError(f"rope_scaling of type {kind!r} is not supported")
+    angles = torch.outer(torch.arange(config.max_position, dtype=torch.float64), inverse)
+    return angles.cos().float().to(device), angles.sin().float().to(device)
+
+
+def _number(scaling: Mapping[str, object] | None, key: str) -> float:
+    value = (scaling or {}).get(key)
+    if not isinstance(value, int | float):
+        raise ConfigError(f"rope_scaling needs a number {key!r}")
+    return float(value)
+
+
+def _llama3(inverse: torch.Tensor, scaling: Mapping[str, object] | None) -> torch.Tensor:
+    """Llama 3.1: long wavelengths are slowed by `factor`, short ones kept, those between blended."""
+    factor, low, high = (_number(scaling, k) for k in ("factor", "low_freq_factor", "high_freq_factor"))
+    trained = _number(scaling, "original_max_position_embeddings")
+    turns = trained * inverse / (2 * torch.pi)  # full turns within the trained context
+    keep = ((turns - low) / (high - low)).clamp(0, 1)
+    return inverse * (keep + (1 - keep) / factor)

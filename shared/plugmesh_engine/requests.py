@@ -1,0 +1,123 @@
+"""What goes into the engine and what comes out of a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from plugmesh.errors import PlugmeshError
+from plugmesh.types import FinishReason, SamplingParams, TokenInfo, Usage
+
+
+@dataclass(frozen=True, slots=True)
+class KvSource:
+    """KV of one block of the prompt that was computed elsewhere.
+
+    `data` holds `KvLayout.block_bytes` bytes and must stay valid until `StepOutput.kv_imported` names the request. Bytes beyond
+    `num_tokens` are ignored.
+    """
+
+    block_id: bytes
+    num_tokens: int
+    data: bytes | bytearray | memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """One prompt and how to go on with it.
+
+    Attributes:
+        priority: Lower runs earlier; equal ones first come, first served.
+        prefill_only: Compute the prompt and sample the first token of each sequence, then finish. The prompt's blocks are
+            announced by `BlockReady` and stay until `Engine.release`.
+        kv: KV of a prefix of the prompt, in order: full blocks, and at most one partial block at the end.
+        resume: Per sequence, tokens that were generated and delivered before. They are not emitted again, count against
+            max_tokens, and enter penalties and the position of the random numbers.
+        resume_finished: Sequences that had ended already.
+        use_prefix_cache: False neither finds nor leaves blocks in the engine's prefix cache.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    priority: int = 0
+    prefill_only: bool = False
+    kv: tuple[KvSource, ...] = ()
+    resume: tuple[tuple[int, ...], ...] = ()
+    resume_finished: tuple[bool, ...] = ()
+    use_prefix_cache: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """What one step did for one sequence.
+
+    `index` is that of `tokens[0]` among the sequence's generated tokens, resumed ones included. `tokens` is empty when a sequence
+    ends without a new one (error, or a resumed sequence that was complete). `request_done` comes exactly once per request that was not
+    cancelled, with `usage`. A prefill_only request ends with a `finish_reason` of None where its sequence could go on.
+    """
+
+    request_id: str
+    sequence: int
+    index: int
+    tokens: tuple[TokenInfo, ...] = ()
+    finish_reason: FinishReason | None = None
+    request_done: bool = False
+    usage: Usage | None = None
+    error: PlugmeshError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BlockReady:
+    """A block of a prefill_only prompt is final; `Engine.export_block` gives its bytes until `Engine.release`.
+
+    Announced chunk by chunk and in order. A partial tail comes last, under a `block_id` of its own.
+    """
+
+    request_id: str
+    block_index: int
+    block_id: bytes
+    parent_id: bytes
+    num_tokens: int
+
+
+@dataclass(slots=True)
+class StepOutput:
+    """Everything that one step produced.
+
+    `kv_imported` lists requests whose `EngineRequest.kv` buffers are no longer read, also because they ended before.
+    """
+
+    step: int
+    tokens: list[TokenEvent] = field(default_factory=list)
+    blocks_ready: list[BlockReady] = field(default_factory=list)
+    kv_imported: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Gauges and counters; counters grow from the engine's start.
+
+    Attributes:
+        num_running, num_waiting: Sequences (a request with `n > 1` waits as one).
+        num_pending_tokens: Prompt tokens still to compute plus the most that may still be generated.
+        kv_blocks_used: Held by live sequences and retained prompts. kv_blocks_cached: free to reuse, content findable.
+        kv_blocks_leaked: Blocks whose reference count differs from what live sequences and retained prompts account for.
+        prefix_hit_tokens, prefix_query_tokens: Prompt tokens found in the own cache, of those looked up.
+        num_imported_tokens: Tokens whose KV came with requests.
+        num_scheduler_errors: Steps in which a plugin's scheduler raised or planned nonsense and the default one stood in.
+    """
+
+    num_running: int
+    num_waiting: int
+    num_pending_tokens: int
+    kv_blocks_used: int
+    kv_blocks_cached: int
+    kv_blocks_total: int
+    kv_blocks_leaked: int
+    num_steps: int
+    num_tokens_generated: int
+    num_preemptions: int
+    prefix_hit_tokens: int
+    prefix_query_tokens: int
+    num_imported_tokens: int
+    num_scheduler_errors: int

@@ -1,0 +1,168 @@
+"""What the engine remembers of a request and of each of its sequences."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from plugmesh.types import BLOCK_TOKENS, FinishReason, SamplingParams, block_id
+from plugmesh_engine.kv.prefix import PrefixCache
+from plugmesh_engine.requests import EngineRequest, KvSource
+
+
+class State(enum.Enum):
+    """Where a sequence stands. UNBORN: its prompt is computed by the request's first sequence, which it will be forked from."""
+
+    UNBORN = "unborn"
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, eq=False)
+class Group:
+    """One request: the sequences that share its prompt.
+
+    Attributes:
+        seed: Of the request, or drawn when it was added.
+        forked: Every live sequence has its own KV. Until then the first live one computes the prompt for all.
+        kv: Imported KV, until it is copied into the pool.
+        num_cached_tokens: Prompt tokens whose KV was found when the request was first admitted; -1 before.
+        num_blocks_announced: Of a prefill_only prompt.
+    """
+
+    request: EngineRequest
+    arrival: int
+    seed: int
+    sequences: list[Sequence] = field(default_factory=list)
+    forked: bool = False
+    kv: tuple[KvSource, ...] = ()
+    num_cached_tokens: int = -1
+    num_blocks_announced: int = 0
+    cache: bool = True
+    _end_ids: tuple[int, ...] | None = None
+    _distinct: np.ndarray | None = None
+
+    @property
+    def num_prompt(self) -> int:
+        return len(self.request.token_ids)
+
+    @property
+    def alive(self) -> list[Sequence]:
+        return [s for s in self.sequences if s.state is not State.FINISHED]
+
+    @property
+    def waits_for_prompt_logits(self) -> bool:
+        """Some sequence samples its first token from the prompt's last row."""
+        return any(len(s.tokens) == self.num_prompt for s in self.alive)
+
+    def end_ids(self, eos_token_ids: tuple[int, ...]) -> tuple[int, ...]:
+        """Tokens that end a sequence with STOP."""
+        if self._end_ids is None:
+            p = self.request.sampling
+            self._end_ids = tuple(sorted({*p.stop_token_ids, *(() if p.ignore_eos else eos_token_ids)}))
+        return self._end_ids
+
+    def distinct_prompt_ids(self) -> np.ndarray:
+        """For the repetition penalty; computed when first used."""
+        if self._distinct is None:
+            self._distinct = np.unique(np.asarray(self.request.token_ids, dtype=np.int64))
+        return self._distinct
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One generation of a request. Implements `plugmesh_engine.seams.SequenceView`.
+
+    Attributes:
+        tokens: Prompt and generated tokens; the KV of the first `num_computed` is in `blocks`.
+        block_ids: Names of the full blocks of `tokens`, as far as they were needed.
+        num_resumed: Generated tokens that came with the request.
+        num_registered: Full blocks already offered to the prefix cache.
+    """
+
+    group: Group
+    index: int
+    tokens: list[int]
+    num_resumed: int = 0
+    state: State = State.UNBORN
+    num_computed: int = 0
+    blocks: list[int] = field(default_factory=list)
+    block_ids: list[bytes] = field(default_factory=list)
+    num_registered: int = 0
+    counts: dict[int, int] | None = None
+    finish_reason: FinishReason | None = None
+
+    @property
+    def request_id(self) -> str:
+        return self.group.request.request_id
+
+    @property
+    def sampling(self) -> SamplingParams:
+        return self.group.request.sampling
+
+    @property
+    def arrival(self) -> int:
+        return self.group.arrival
+
+    @property
+    def priority(self) -> int:
+        return self.group.request.priority
+
+    @property
+    def order(self) -> tuple[int, int, int]:
+        """Sort key of service: priority, arrival, sequence."""
+        return (self.group.request.priority, self.group.arrival, self.index)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return self.group.num_prompt
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.tokens) - self.group.num_prompt
+
+    @property
+    def target(self) -> int:
+        """Tokens to compute before something can be sampled or forked."""
+        return len(self.tokens) if self.group.forked else self.group.num_prompt
+
+    @property
+    def num_pending(self) -> int:
+        return self.target - self.num_computed
+
+    @property
+    def is_decode(self) -> bool:
+        return self.num_computed > 0 and self.num_pending == 1
+
+    @property
+    def num_slots(self) -> int:
+        return 1 if self.group.forked else len(self.group.alive)
+
+    @property
+    def num_needed(self) -> int:
+        """Tokens that must be computed (not found) at the least, 0 when only a fork is due, else 1."""
+        return 1 if self.group.forked or self.group.waits_for_prompt_logits else 0
+
+    def names_upto(self, num_tokens: int, layout_key: bytes) -> list[bytes]:
+        """Names of the full blocks among the first `num_tokens` tokens, hashed at most once."""
+        num_blocks = num_tokens // BLOCK_TOKENS
+        while len(self.block_ids) < num_blocks:
+            i = len(self.block_ids)
+            parent = self.block_ids[-1] if i else layout_key
+            self.block_ids.append(block_id(parent, self.tokens[i * BLOCK_TOKENS : (i + 1) * BLOCK_TOKENS]))
+        return self.block_ids[:num_blocks]
+
+    def register(self, prefix: PrefixCache, layout_key: bytes) -> None:
+        """Makes the blocks that have become full findable."""
+        names = self.names_upto(self.num_computed, layout_key)
+        for i in range(self.num_registered, len(names)):
+            prefix.insert(names[i], self.blocks[i])
+        self.num_registered = len(names)
+
+    def count(self, token: int) -> None:
+        """Keeps the counts of generated tokens that penalties need, when they are in use."""
+        if self.counts is not None:
+            self.counts[token] = self.counts.get(token, 0) + 1

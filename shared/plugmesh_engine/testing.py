@@ -1,0 +1,177 @@
+"""Small models for tests: random Llamas in an instant, and the default model out of its GGUF.
+
+For tests of the engine, of the services that run it, and of plugins. Not imported by anything that serves.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import pathlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from plugmesh.types import ModelConfig
+from plugmesh_engine.engine import Engine
+from plugmesh_engine.requests import EngineRequest, StepOutput, TokenEvent
+from plugmesh_engine.weights import LoadedModel, load_model
+
+
+@dataclass(frozen=True, slots=True)
+class FileTensor:
+    """Same fields as the protobuf TensorEntry."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    path: str
+    offset: int
+    num_bytes: int
+    sha256: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class FileManifest:
+    """Same fields as the protobuf ModelManifest."""
+
+    model: str
+    version: str
+    architecture: str
+    config_json: str
+    tensors: tuple[FileTensor, ...]
+    format: str
+    assets: tuple[object, ...] = ()
+    host: str = ""
+
+
+def tiny_config(**changes: object) -> ModelConfig:
+    """A Llama of some thousand weights with odd sizes; any field of ModelConfig can be changed."""
+    base = ModelConfig(
+        architecture="llama", vocab_size=211, hidden_size=36, intermediate_size=52, num_layers=2, num_heads=6, num_kv_heads=3, head_dim=10,
+        max_position=512, rms_norm_eps=1e-5, rope_theta=10000.0, rope_style="interleaved", tie_word_embeddings=True, eos_token_ids=(2,), name="tiny",
+    )  # fmt: skip
+    return dataclasses.replace(base, **changes)  # type: ignore[arg-type] # fields come by name
+
+
+def random_weights(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
+    """Float32 weights that spread the logits enough for greedy output to be stable."""
+    rng = np.random.default_rng(seed)
+    c, w = config, {}
+
+    def matrix(*shape: int) -> np.ndarray:
+        return (rng.standard_normal(shape) * 1.5 / np.sqrt(shape[-1])).astype(np.float32)
+
+    def norm() -> np.ndarray:
+        return (1 + 0.2 * rng.standard_normal(c.hidden_size)).astype(np.float32)
+
+    w["model.embed_tokens.weight"] = rng.standard_normal((c.vocab_size, c.hidden_size)).astype(np.float32)
+    w["model.norm.weight"] = norm()
+    if not c.tie_word_embeddings:
+        w["lm_head.weight"] = matrix(c.vocab_size, c.hidden_size)
+    q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    for i in range(c.num_layers):
+        p = f"model.layers.{i}."
+        w |= {f"{p}input_layernorm.weight": norm(), f"{p}post_attention_layernorm.weight": norm()}
+        for name, out, inner in (("q", q, c.hidden_size), ("k", kv, c.hidden_size), ("v", kv, c.hidden_size), ("o", c.hidden_size, q)):
+            w[f"{p}self_attn.{name}_proj.weight"] = matrix(out, inner)
+            if c.attention_bias and name != "o":
+                w[f"{p}self_attn.{name}_proj.bias"] = (0.3 * rng.standard_normal(out)).astype(np.float32)
+        w[f"{p}mlp.gate_proj.weight"] = matrix(c.intermediate_size, c.hidden_size)
+        w[f"{p}mlp.up_proj.weight"] = matrix(c.intermediate_size, c.hidden_size)
+        w[f"{p}mlp.down_proj.weight"] = matrix(c.hidden_size, c.intermediate_size)
+    return w
+
+
+def write_manifest(folder: pathlib.Path, config: ModelConfig, weights: Mapping[str, np.ndarray], dtype: str = "float32") -> FileManifest:
+    """Stores the weights as `dtype` in one file, at multiples of 64, as the weightstore does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{config.name}.{dtype}"
+    digest = hashlib.sha256(config.to_json().encode())
+    entries = []
+    with path.open("wb") as f:
+        for name, array in weights.items():
+            tensor = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32)).to(getattr(torch, dtype))
+            data = tensor.view(torch.uint8).numpy().tobytes()
+            f.write(b"\0" * (-f.tell() % 64))
+            entries.append(FileTensor(name, dtype, array.shape, str(path), f.tell(), len(data)))
+            f.write(data)
+            digest.update(data)
+    return FileManifest(config.name, digest.hexdigest(), config.architecture, config.to_json(), tuple(entries), dtype)
+
+
+def tiny_model(folder: pathlib.Path, dtype: str = "float32", seed: int = 0, **changes: object) -> LoadedModel:
+    """A random model, stored and mapped like a real one."""
+    config = tiny_config(**changes)
+    return load_model(write_manifest(folder, config, random_weights(config, seed), dtype), dtype)
+
+
+_GGUF_NAMES = {
+    "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+}  # fmt: skip
+
+
+def read_gguf(path: pathlib.Path | str, **changes: object) -> tuple[ModelConfig, dict[str, np.ndarray]]:
+    """Configuration and dequantised float32 weights of a Llama GGUF, with Q and K in the file's own order."""
+    import gguf
+
+    reader = gguf.GGUFReader(str(path))
+
+    def get(key: str) -> object:
+        return reader.fields[key].contents()
+
+    weights: dict[str, np.ndarray] = {}
+    for t in reader.tensors:
+        parts = t.name.split(".")
+        if parts[0] == "blk":
+            name = f"model.layers.{parts[1]}.{_GGUF_NAMES[parts[2]]}.{parts[3]}"
+        else:
+            name = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}[parts[0]] + ".weight"
+        weights[name] = gguf.dequantize(t.data, t.tensor_type).reshape([int(n) for n in reversed(t.shape)])
+    vocab_size, hidden_size = weights["model.embed_tokens.weight"].shape
+    config = ModelConfig(
+        architecture="llama", vocab_size=vocab_size, hidden_size=hidden_size, intermediate_size=int(str(get("llama.feed_forward_length"))),
+        num_layers=int(str(get("llama.block_count"))), num_heads=int(str(get("llama.attention.head_count"))),
+        num_kv_heads=int(str(get("llama.attention.head_count_kv"))), head_dim=int(str(get("llama.rope.dimension_count"))),
+        max_position=int(str(get("llama.context_length"))), rms_norm_eps=float(str(get("llama.attention.layer_norm_rms_epsilon"))),
+        rope_theta=float(str(get("llama.rope.freq_base"))), rope_style="interleaved", tie_word_embeddings="lm_head.weight" not in weights,
+        bos_token_id=int(str(get("tokenizer.ggml.bos_token_id"))), eos_token_ids=(int(str(get("tokenizer.ggml.eos_token_id"))),), name="smollm2",
+    )  # fmt: skip
+    return dataclasses.replace(config, **changes), weights  # type: ignore[arg-type] # fields come by name
+
+
+def run_to_end(engine: Engine, *requests: EngineRequest, max_steps: int = 10_000) -> dict[str, list[list[int]]]:
+    """Adds the requests and steps until nothing is left; request id to the new tokens of each sequence. Raises the first error event."""
+    for r in requests:
+        engine.add(r)
+    return tokens_of(engine, steps(engine, max_steps))
+
+
+def steps(engine: Engine, max_steps: int = 10_000) -> list[StepOutput]:
+    """Steps until nothing is left."""
+    outputs = []
+    while engine.has_work():
+        outputs.append(engine.step())
+        assert len(outputs) < max_steps, "the engine does not come to an end"
+    return outputs
+
+
+def tokens_of(engine: Engine, outputs: list[StepOutput]) -> dict[str, list[list[int]]]:
+    """New tokens per request and sequence, in order; checks that none is lost or doubled. Raises the first error event."""
+    found: dict[str, dict[int, list[int]]] = {}
+    first: dict[tuple[str, int], int] = {}
+    for event in events_of(outputs):
+        if event.error is not None:
+            raise event.error
+        tokens = found.setdefault(event.request_id, {}).setdefault(event.sequence, [])
+        start = first.setdefault((event.request_id, event.sequence), event.index)
+        assert event.index == start + len(tokens), "a token was lost or doubled"
+        tokens.extend(t.token_id for t in event.tokens)
+    return {r: [tokens for _, tokens in sorted(s.items())] for r, s in found.items()}
+
+
+def events_of(outputs: list[StepOutput]) -> list[TokenEvent]:
+    return [e for o in outputs for e in o.tokens]
