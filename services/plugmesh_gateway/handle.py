@@ -1,0 +1,218 @@
+"""The path of a request through the gateway, on one page: admit, prepare, route, stream."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import secrets
+import time
+
+import structlog
+
+from plugmesh.errors import AlreadyExists, Cancelled, PlugmeshError, Unavailable
+from plugmesh.host import PluginHost
+from plugmesh.limits import check_sampling, check_token_ids, fit_context
+from plugmesh.mesh.api import Mesh
+
+from .admit import Admission, Ticket
+from .config import Settings
+from .decode_links import DecodeLinks
+from .generation import Engine, Generation
+from .measure import GatewayMetrics
+from .prepare import Models, ServedModel, Tokenizers
+from .request import ChatPrompt, Prepared, TextPrompt, Wanted
+from .route import SafeRouter
+from .text_links import TextLinks
+
+log = structlog.get_logger()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Accepted:
+    """A running request and what its answer needs besides events."""
+
+    generation: Generation
+    model: ServedModel
+    echoes: tuple[str, ...]      # per prompt; empty without `echo`
+
+
+class Gateway:
+    """Everything behind the edges; HTTP and gRPC both call `submit`."""
+
+    def __init__(self, mesh: Mesh, settings: Settings, plugins: PluginHost, metrics: GatewayMetrics, *, default_model: str) -> None:
+        self.mesh = mesh
+        self.settings = settings
+        self.plugins = plugins
+        self.metrics = metrics
+        self.limits = settings.limits()
+        self.admission = Admission(max_places=settings.max_in_flight, max_queued=settings.max_queued, max_tokens=settings.max_pending_tokens)
+        self.texts = TextLinks(mesh, stall_s=settings.stall_s)
+        self.decode = DecodeLinks(mesh, stall_s=settings.stall_s, hang_s=settings.hang_s, on_frame=self._on_frame)
+        self.models = Models(mesh, self.decode.peers, default_model)
+        self.tokenizers = Tokenizers(mesh, self.texts.peers)
+        self.engine = Engine(mesh, settings, self.decode, self.texts, SafeRouter.choose(plugins), metrics)
+        self._running: dict[str, Generation | None] = {}   # None while it is admitted and prepared
+        self._one_less = asyncio.Event()
+        metrics.gauge("gateway_in_flight", "Prompts being worked on", lambda: self.admission.num_places)
+        metrics.gauge("gateway_queued", "Requests waiting for a place or for tokens", lambda: self.admission.num_queued)
+        metrics.gauge("gateway_pending_tokens", "Prompt plus wanted tokens in flight", lambda: self.admission.num_tokens)
+        metrics.gauge("gateway_buffered_events", "Events that clients have not taken yet",
+                      lambda: sum(g.num_buffered for g in self._running.values() if g is not None))
+        metrics.gauge("gateway_text_sequences", "Sequences open at tokenizer instances", lambda: self.texts.num_sequences)
+        metrics.gauge("gateway_decode_requests", "Attempts open at decode instances", lambda: self.decode.num_requests)
+
+    def start(self) -> None:
+        self.decode.start()
+        self.texts.start()
+
+    async def stop(self) -> None:
+        """Ends what still runs and closes all streams."""
+        for generation in list(self._running.values()):
+            if generation is not None:
+                generation.end(Unavailable("this gateway is shutting down", retry_after_s=1))
+        await self.decode.stop()
+        await self.texts.stop()
+
+    async def drain(self, deadline_s: float) -> None:
+        """Refuses new requests and waits for those in flight, at most so long."""
+        self.admission.is_draining = True
+        try:
+            async with asyncio.timeout(deadline_s):
+                while self._running:
+                    self._one_less.clear()
+                    await self._one_less.wait()
+        except TimeoutError:
+            log.warning("gateway.drain_incomplete", num_running=len(self._running))
+
+    def missing_roles(self) -> list[str]:
+        """Roles without which no request can be served and of which no instance lives."""
+        return [peers.role for peers in (self.texts.peers, self.decode.peers) if not peers.live()]
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    async def submit(self, wanted: Wanted) -> Accepted:
+        """Brings a request to the point where its tokens come.
+
+        The caller must end it: by reading all events, or with `Generation.cancel`. Being cancelled in here leaves nothing behind.
+
+        Raises:
+            PlugmeshError: Refused; nothing was started.
+        """
+        arrived = time.monotonic()
+        if wanted.request_id in self._running:
+            raise AlreadyExists(f"request id {wanted.request_id!r} is in use", param="request_id")
+        deadline = arrived + min(wanted.timeout_s or self.settings.request_timeout_s, self.settings.request_timeout_s)
+        self._running[wanted.request_id] = None
+        ticket: Ticket | None = None
+        try:
+            # 1. Is there anybody to serve it?
+            missing = self.missing_roles()
+            if missing:
+                raise Unavailable(f"no {' and no '.join(missing)} instance is ready", retry_after_s=2)
+            model, instances = await self.models.choose(wanted.model)
+            # 2. A place, in order of priority.
+            ticket = await self.admission.admit(len(wanted.prompts), wanted.priority, deadline)
+            # 3. Token ids, and the checks that need the model.
+            prompts = await self._prepare(wanted, model, deadline)
+            echoes = await self._echoes(wanted, model, deadline)
+            num_tokens = sum(len(p.token_ids) + p.sampling.max_tokens * p.sampling.num_sequences for p in prompts)
+            await ticket.take_tokens(num_tokens, wanted.priority, deadline)
+            # 4. Route and run.
+            held = ticket
+            generation = Generation(
+                self.engine, request_id=wanted.request_id, route=wanted.route, arrived=arrived, deadline=deadline,
+                on_end=lambda g: self._on_end(g, held))
+            self._running[wanted.request_id] = generation
+            generation.start(prompts, instances)
+            return Accepted(generation, model, echoes)
+        except BaseException as e:
+            if ticket is not None:
+                ticket.release()
+            if self._running.get(wanted.request_id) is None:
+                self._forget(wanted.request_id)
+            if isinstance(e, PlugmeshError):
+                self.refuse(wanted.request_id, wanted.route, e)
+            elif isinstance(e, asyncio.CancelledError):
+                self.refuse(wanted.request_id, wanted.route, Cancelled("the client went away"))
+            raise
+
+    def refuse(self, request_id: str, route: str, error: PlugmeshError) -> None:
+        """Counts and logs a request that was turned away."""
+        self.metrics.refused.labels(error.code).inc()
+        log.info("request.refused", request_id=request_id, route=route, code=error.code, param=error.param)
+
+    def _forget(self, request_id: str) -> None:
+        self._running.pop(request_id, None)
+        self._one_less.set()
+
+    async def _prepare(self, wanted: Wanted, model: ServedModel, deadline: float) -> list[Prepared]:
+        facts = await self.tokenizers.facts(model, deadline)
+        check_sampling(wanted.sampling, self.limits, vocab_size=facts.vocab_size)
+        encoded = await asyncio.gather(*(self.tokenizers.encode(model, p, deadline) for p in wanted.prompts))
+        sampling = wanted.sampling
+        if sampling.seed is None:
+            # Chosen here rather than in decode: a request that moves to another instance must go on with the same randomness.
+            sampling = dataclasses.replace(sampling, seed=secrets.randbits(62))
+        ends = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else facts.eos_token_ids)
+        prepared = []
+        for i, (prompt, ids) in enumerate(zip(wanted.prompts, encoded, strict=True)):
+            param = "messages" if isinstance(prompt, ChatPrompt) else "prompt"
+            check_token_ids(param, ids, facts.vocab_size)
+            limit = fit_context(len(ids), wanted.max_tokens, model.context_length, param=param)
+            limit = min(limit, self.limits.max_tokens)
+            params = dataclasses.replace(sampling, max_tokens=limit, min_tokens=min(sampling.min_tokens, limit))
+            prepared.append(Prepared(
+                request_id=wanted.request_id if len(encoded) == 1 else f"{wanted.request_id}.{i}", model=model.model, token_ids=ids,
+                sampling=params, end_token_ids=ends, stop=wanted.stop, priority=wanted.priority,
+                base_index=i * sampling.num_sequences, trace=wanted.trace))
+        return prepared
+
+    async def _echoes(self, wanted: Wanted, model: ServedModel, deadline: float) -> tuple[str, ...]:
+        if not wanted.echo:
+            return ()
+        texts = []
+        for prompt in wanted.prompts:
+            if isinstance(prompt, TextPrompt):
+                texts.append(prompt.text)
+            elif isinstance(prompt, ChatPrompt):
+                texts.append("")
+            else:
+                texts.append(await self.tokenizers.decode(model, prompt.token_ids, deadline))
+        return tuple(texts)
+
+    def _on_frame(self) -> None:
+        self.metrics.frames.inc()
+        self.texts.flush()
+
+    def _on_end(self, generation: Generation, ticket: Ticket) -> None:
+        ticket.release()
+        self._forget(generation.request_id)
+        error = generation.error
+        reasons = {s.finish_reason.value for run in generation.runs for s in run.sequences if s.finish_reason is not None}
+        if isinstance(error, Cancelled):
+            outcome = "cancelled"
+        elif error is not None:
+            outcome = "error"
+        else:
+            outcome = "length" if "length" in reasons else "stop"
+        num_prompt, num_out = generation.num_prompt_tokens, generation.num_completion_tokens
+        e2e_s = generation.ended_at - generation.arrived
+        m, route = self.metrics, generation.route
+        m.requests.labels(route, outcome).inc()
+        m.tokens.labels("prompt").inc(num_prompt)
+        m.tokens.labels("completion").inc(num_out)
+        m.tokens.labels("cached").inc(generation.num_cached_tokens)
+        m.e2e.labels(route).observe(e2e_s)
+        ttft_s = generation.first_token_at - generation.arrived if generation.first_token_at else 0.0
+        if generation.first_token_at:
+            m.ttft.labels(route).observe(ttft_s)
+            if num_out > 1 and error is None:
+                m.tpot.labels(route).observe((e2e_s - ttft_s) / (num_out - 1))
+        self.plugins.observe(
+            "on_request_finished", request_id=generation.request_id, finish_reason=outcome, num_prompt_tokens=num_prompt, num_generated_tokens=num_out)
+        log.info(
+            "request.finished", request_id=generation.request_id, route=route, outcome=outcome, code=error.code if error else "",
+            num_prompt_tokens=num_prompt, num_generated_tokens=num_out, num_cached_tokens=generation.num_cached_tokens,
+            num_migrations=generation.num_migrations, ttft_ms=round(ttft_s * 1000, 1), e2e_ms=round(e2e_s * 1000, 1))
