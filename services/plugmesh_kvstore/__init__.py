@@ -1,0 +1,1 @@
+"""Content-addressed KV blocks in tiers: a shared-memory arena, memory-mapped segments on disk, other instances."""
