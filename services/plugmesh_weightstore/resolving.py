@@ -1,0 +1,100 @@
+"""A model in a wanted format: packed on first use, kept, and found again afterwards."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import structlog
+
+from plugmesh.errors import DataLoss, InvalidRequest, NotFound
+from plugmesh_weightstore.blobs import Blob, BlobStore
+from plugmesh_weightstore.catalogue import Catalogue, StoredModel, StoredTensor
+from plugmesh_weightstore.pack import FORMATS, packed_pieces
+
+log = structlog.get_logger()
+
+_PACK_THREADS = 2  # each holds a few pieces of two megabytes
+
+
+class Resolver:
+    """Packs each form once per process, however many callers want it at the same time. Thread-safe; methods block."""
+
+    def __init__(self, catalogue: Catalogue, blobs: BlobStore) -> None:
+        self.catalogue, self.blobs = catalogue, blobs
+        self._locks: dict[tuple[str, str], tuple[threading.Lock, int]] = {}
+        self._guard = threading.Lock()
+
+    def tensors(self, model: StoredModel, format: str) -> list[StoredTensor]:
+        """All tensors of the model in "source", "float32" or "bfloat16", with their blobs in place.
+
+        Raises:
+            InvalidRequest: No such format.
+            NotFound: The model was removed meanwhile.
+            DataLoss: A blob of the imported form is missing from the disk.
+        """
+        if format != "source" and format not in FORMATS:
+            raise InvalidRequest(f"unknown format {format[:64]!r}; there are source, {', '.join(FORMATS)}", param="format")
+        with self._only_one(model.version, format):
+            tensors = self._present(model, format)
+            if tensors is not None:
+                return tensors
+            if format == "source":
+                raise DataLoss(f"weights of {model.version} are missing from the disk; import the model again", version=model.version)
+            return self._pack(model, format)
+
+    def _present(self, model: StoredModel, format: str) -> list[StoredTensor] | None:
+        tensors = self.catalogue.tensors(model.version, format)
+        if tensors is None:
+            if format == "source":
+                raise NotFound(f"the model {model.version} was removed", param="model")
+            return None
+        if all(self.blobs.has(t.blob.sha256, t.blob.num_bytes) for t in tensors):
+            return tensors
+        if format != "source":
+            self.catalogue.drop_form(model.version, format)
+        return None
+
+    def _pack(self, model: StoredModel, format: str) -> list[StoredTensor]:
+        start = time.monotonic()
+
+        def pack(tensor: StoredTensor) -> Blob:
+            if tensor.dtype == format:
+                return tensor.blob
+            data = np.memmap(self.blobs.path(tensor.blob.sha256), np.uint8, mode="r")
+            return self.blobs.put(packed_pieces(data, tensor.dtype, format))
+
+        with self.blobs.writing():
+            source = self.tensors(model, "source")  # not earlier: from here on nobody sweeps its blobs
+            pool = ThreadPoolExecutor(_PACK_THREADS, thread_name_prefix="pack")
+            try:
+                packed = list(pool.map(pack, source))
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
+            self.blobs.flush(packed)
+            tensors = [StoredTensor(t.name, format, t.shape, b) for t, b in zip(source, packed, strict=True)]
+            self.catalogue.add_form(model.version, format, tensors)
+        num_bytes = sum(b.num_bytes for b in packed)
+        log.info("weightstore.packed", version=model.version, format=format, num_bytes=num_bytes, seconds=round(time.monotonic() - start, 3))
+        return tensors
+
+    @contextlib.contextmanager
+    def _only_one(self, version: str, format: str) -> Iterator[None]:
+        key = (version, format)
+        with self._guard:
+            lock, users = self._locks.get(key, (threading.Lock(), 0))
+            self._locks[key] = (lock, users + 1)
+        try:
+            with lock:
+                yield
+        finally:
+            with self._guard:
+                lock, users = self._locks[key]
+                if users == 1:
+                    del self._locks[key]
+                else:
+                    self._locks[key] = (lock, users - 1)
