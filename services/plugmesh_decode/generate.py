@@ -23,7 +23,9 @@ from plugmesh.errors import (
     Unavailable,
 )
 from plugmesh.host import PluginHost
-from plugmesh.kv import BlockRef, KvClient
+from plugmesh.kv import BlockRef
+from plugmesh.kv.client import KvClient
+from plugmesh.kv.stores import KvStores
 from plugmesh.mesh.api import Mesh
 from plugmesh.records import PrefillPolicyRecord
 from plugmesh.types import BLOCK_TOKENS, FinishReason, SamplingParams, TokenInfo, Usage, block_chain
@@ -62,7 +64,7 @@ class Generation:
     num_generated: int = 0
     announced: set[int] = field(default_factory=set)  # sequences whose first row left
     finished: set[int] = field(default_factory=set)
-    pins: list[BlockRef] = field(default_factory=list)
+    pins: list[tuple[KvClient, list[BlockRef]]] = field(default_factory=list)
     task: asyncio.Task[None] | None = None
     deadline: asyncio.TimerHandle | None = None
     in_engine: bool = False
@@ -75,10 +77,10 @@ class Generator:
     """
 
     def __init__(
-        self, mesh: Mesh, engine: Engine, settings: Settings, plugins: PluginHost, kv: KvClient | None,
+        self, mesh: Mesh, engine: Engine, settings: Settings, plugins: PluginHost, stores: KvStores | None,
         policy: PrefillPolicyRecord, counters: Any, *, names: set[str],
     ) -> None:
-        self.mesh, self.settings, self.plugins, self.kv, self.policy = mesh, settings, plugins, kv, policy
+        self.mesh, self.settings, self.plugins, self.stores, self.policy = mesh, settings, plugins, stores, policy
         self.layout = engine.layout
         self.driver = EngineDriver(engine, self._on_step, self._on_engine_failure)
         self.remote = RemotePrefill(mesh, settings.remote_prefill_timeout_s)
@@ -87,7 +89,6 @@ class Generator:
         self._max_len = engine.max_model_len
         self._names = names
         self._live: dict[str, Generation] = {}
-        self._release_tasks: set[asyncio.Task[Any]] = set()
         self._idle = asyncio.Event()
         self._idle.set()
         self._counters = counters
@@ -158,7 +159,7 @@ class Generator:
 
     async def _wants_remote(self, g: Generation) -> bool:
         mode = g.request.prefill_mode
-        if self.kv is None or g.resume or mode == pb.GenerateRequest.PREFILL_LOCAL:
+        if self.stores is None or g.resume or mode == pb.GenerateRequest.PREFILL_LOCAL:
             return False
         if mode == pb.GenerateRequest.PREFILL_REMOTE:
             return True
@@ -173,7 +174,7 @@ class Generator:
     async def _prefill_locally(self, g: Generation) -> None:
         sources: list[KvSource] = []
         ids = g.request.token_ids
-        if self.kv is not None and not g.request.no_prefix_cache and len(ids) > BLOCK_TOKENS:
+        if self.stores is not None and not g.request.no_prefix_cache and len(ids) > BLOCK_TOKENS:
             chain = block_chain(self.layout.key(), ids[: len(ids) - 1])
             cached = await self.driver.call(lambda e: e.cached_prefix(ids))
             if cached < len(chain) * BLOCK_TOKENS:
@@ -181,7 +182,6 @@ class Generator:
         await self._submit(g, sources)
 
     async def _prefill_remotely(self, g: Generation) -> None:
-        assert self.kv is not None
         request = g.request
         job = prefill_pb2.PrefillJob(
             job_id=f"{request.request_id}@{self.mesh.self_info.incarnation}", request_id=request.request_id, model=self.layout.model,
@@ -210,9 +210,13 @@ class Generator:
         await self._submit(g, sources)
 
     async def _pin(self, g: Generation, chain: Sequence[bytes], num_tokens: int, store: str = "") -> list[KvSource]:
-        assert self.kv is not None
-        refs = await self.kv.match(chain, pin=True, store_instance=store or None)
-        g.pins.extend(refs)
+        assert self.stores is not None
+        store = store or self.stores.nearest()
+        if not store:
+            return []
+        client = self.stores.client(store)
+        refs = await client.match(chain, pin=True)
+        g.pins.append((client, refs))
         if g.request.request_id not in self._live:  # cancelled meanwhile
             self._unpin(g)
             raise asyncio.CancelledError
@@ -312,7 +316,7 @@ class Generator:
                 g.resume_finished = tuple(finished)
                 g.resume = g.resume or ((),) * g.sampling.num_sequences
                 return
-        row = pb.TokenRow(request_id=command.request_id, finish_reason=finish_to_pb(FinishReason.CANCELLED), request_done=True)
+        row = pb.TokenRow(request_id=command.request_id, sequence=command.sequence, finish_reason=finish_to_pb(FinishReason.CANCELLED), request_done=True)
         row.usage.CopyFrom(usage_to_pb(Usage(len(g.request.token_ids), g.num_generated, g.num_cached_tokens or 0)))
         session.put(0, [row])
         self._end(g, "cancelled")
@@ -374,11 +378,9 @@ class Generator:
         )
 
     def _unpin(self, g: Generation) -> None:
-        if g.pins and self.kv is not None:
-            pins, g.pins = g.pins, []
-            task = asyncio.create_task(self.kv.release(pins))
-            self._release_tasks.add(task)
-            task.add_done_callback(self._release_tasks.discard)
+        pins, g.pins = g.pins, []
+        for client, refs in pins:
+            client.release_nowait(refs)
 
 
 def error_row(request_id: str, error: PlugmeshError) -> pb.TokenRow:

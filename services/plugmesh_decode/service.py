@@ -13,7 +13,7 @@ import structlog
 
 from plugmesh.errors import Unavailable
 from plugmesh.hookspecs import hookimpl
-from plugmesh.kv import KvClient
+from plugmesh.kv.stores import KvStores
 from plugmesh.mesh.api import Binding, ServiceContext
 from plugmesh.metrics import Metrics
 from plugmesh.records import PrefillPolicyRecord
@@ -99,7 +99,7 @@ class DecodeService(rpc.DecodeServicer):
         self._context = context
         self._settings: Settings = context.settings
         self._counters = Counters.make(Metrics(context.metrics))
-        self._kv: KvClient | None = None
+        self._stores: KvStores | None = None
         self._load_task: asyncio.Task[None] | None = None
         self._sessions: set[Session] = set()
 
@@ -112,11 +112,11 @@ class DecodeService(rpc.DecodeServicer):
         self._engine = await asyncio.to_thread(self._build_engine, manifest)
         self._manifest = manifest
         if settings.use_kvstore:
-            self._kv = KvClient(
+            self._stores = KvStores(
                 context.mesh, self._engine.layout, holder=context.mesh.self_info.instance_id, incarnation=context.mesh.self_info.incarnation
             )
         self.generator = Generator(
-            context.mesh, self._engine, settings, context.plugins, self._kv, context.plugins.last("prefill_policies"), self._counters,
+            context.mesh, self._engine, settings, context.plugins, self._stores, context.plugins.last("prefill_policies"), self._counters,
             names={"", manifest.model, manifest.version, context.config.mesh.model},
         )
         self.generator.driver.start()
@@ -150,8 +150,8 @@ class DecodeService(rpc.DecodeServicer):
         if generator is not None:
             generator.remote.close()
             await generator.driver.stop()
-        if self._kv is not None:
-            await self._kv.close()
+        if self._stores is not None:
+            await self._stores.close()
 
     # The wire
 

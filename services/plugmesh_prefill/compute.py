@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 
 import structlog
@@ -21,7 +21,9 @@ from plugmesh.errors import (
     Unavailable,
 )
 from plugmesh.host import PluginHost
-from plugmesh.kv import BlockRef, KvClient
+from plugmesh.kv import BlockRef
+from plugmesh.kv.client import KvClient
+from plugmesh.kv.stores import KvStores
 from plugmesh.records import HandOver, KvHandOverRecord
 from plugmesh.types import BLOCK_TOKENS, TokenInfo, block_chain
 from plugmesh.wire import layout_from_pb, sampling_from_pb, token_to_pb
@@ -52,12 +54,12 @@ class _Job:
 class PrefillRunner:
     """Computes the jobs of one prefill instance; lives in its event loop."""
 
-    def __init__(self, engine: Engine, kv: KvClient, plugins: PluginHost, hand_over: KvHandOverRecord, *, instance: str, max_jobs: int) -> None:
+    def __init__(self, engine: Engine, stores: KvStores, plugins: PluginHost, hand_over: KvHandOverRecord, *, instance: str, max_jobs: int) -> None:
         self.driver = EngineDriver(engine, self._on_step, self._on_engine_failure, export=True)
         self.layout = engine.layout
         self.num_done = 0
         self.num_stored_bytes = 0
-        self._kv = kv
+        self._stores = stores
         self._plugins = plugins
         self._hand_over = hand_over
         self._instance = instance
@@ -75,7 +77,7 @@ class PrefillRunner:
         """Returns when no job runs. Raises TimeoutError."""
         await asyncio.wait_for(self._idle.wait(), timeout_s)
 
-    async def run(self, job: pb.PrefillJob) -> AsyncIterator[pb.PrefillEvent]:
+    async def run(self, job: pb.PrefillJob) -> AsyncGenerator[pb.PrefillEvent, None]:
         """Computes one job; closing the iterator cancels it and frees its blocks.
 
         Yields:
@@ -95,14 +97,17 @@ class PrefillRunner:
         state = _Job(job.job_id)
         self._jobs[job.job_id] = state
         self._idle.clear()
-        store = job.store_instance or None
+        store = job.store_instance or self._stores.nearest()
+        if not store:
+            raise Unavailable("no kvstore lives", retry_after_s=1)
+        kv = self._stores.client(store)
         held: list[ExportedBlock] = []
         first: list[TokenInfo] = []
         num_done = 0
         try:
             # 1. What is in the store already. At least the last token is computed: its logits are the first token.
             chain = block_chain(self.layout.key(), ids[:-1])
-            state.pins = await self._kv.match(chain, pin=True, store_instance=store) if chain else []
+            state.pins = await kv.match(chain, pin=True) if chain else []
             sources = tuple(KvSource(ref.block_id, BLOCK_TOKENS, ref.data) for ref in state.pins)
             num_cached = num_done = len(sources) * BLOCK_TOKENS
             # 2. Chunks.
@@ -127,12 +132,12 @@ class PrefillRunner:
                     continue
                 # 3. Finished blocks go to the store while the engine computes the next chunk.
                 blocks, held = held, []
-                await self._store(blocks, store)
+                await self._store(blocks, kv)
                 num_done = max(num_done, max(b.ready.block_index * BLOCK_TOKENS + b.ready.num_tokens for b in blocks))
                 yield pb.PrefillEvent(
                     job_id=job.job_id, num_tokens_done=num_done, block_ids=[b.ready.block_id for b in blocks], done=is_last,
                     first_tokens=[token_to_pb(t) for t in first] if is_last else [], num_cached_tokens=num_cached,
-                    store_instance=self._kv.store_instance, prefill_instance=self._instance,
+                    store_instance=store, prefill_instance=self._instance,
                     compute_ms=1000 * (time.monotonic() - started),
                 )
             self.num_done += 1
@@ -140,7 +145,7 @@ class PrefillRunner:
             self.driver.cancel(job.job_id)
             self.driver.release(job.job_id)
             if state.pins:
-                await self._kv.release(state.pins)
+                await kv.release(state.pins)
             del self._jobs[job.job_id]
             if not self._jobs:
                 self._idle.set()
@@ -166,9 +171,9 @@ class PrefillRunner:
         limits.check_sampling(sampling, vocab_size=self._vocab_size)
         return sampling
 
-    async def _store(self, blocks: list[ExportedBlock], store: str | None) -> None:
+    async def _store(self, blocks: list[ExportedBlock], kv: KvClient) -> None:
         items = [(b.ready.block_id, b.ready.parent_id, b.ready.num_tokens, b.data) for b in blocks]
-        num_stored = await self._kv.put(items, store_instance=store)
+        num_stored = await kv.put(items)
         if num_stored < len(items):
             raise Unavailable(f"the kvstore took {num_stored} of {len(items)} blocks", retry_after_s=1)
         self.num_stored_bytes += sum(len(b.data) for b in blocks)

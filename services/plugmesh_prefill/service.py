@@ -11,7 +11,7 @@ import grpc
 
 from plugmesh.errors import Unavailable
 from plugmesh.hookspecs import hookimpl
-from plugmesh.kv import KvClient
+from plugmesh.kv.stores import KvStores
 from plugmesh.mesh.api import Binding, ServiceContext
 from plugmesh.metrics import Metrics
 from plugmesh.records import HandOver, KvHandOverRecord
@@ -49,7 +49,7 @@ class PrefillService(rpc.PrefillServicer):
         self._leaked = metrics.gauge("kv_blocks_leaked", "KV blocks with references that no live sequence accounts for")
         self._blocks = metrics.gauge("kv_blocks", "KV blocks of the engine's pool", ("state",))
         self._stored = metrics.gauge("prefill_stored_bytes", "Bytes of KV handed to the kvstore since the start")
-        self._kv: KvClient | None = None
+        self._stores: KvStores | None = None
         self._runner: PrefillRunner | None = None
         self._taker: JobTaker | None = None
         self._load_task: asyncio.Task[None] | None = None
@@ -64,9 +64,9 @@ class PrefillService(rpc.PrefillServicer):
         self._manifest = manifest
         self._engine = await asyncio.to_thread(self._build_engine, manifest)
         me = context.mesh.self_info
-        self._kv = KvClient(context.mesh, self._engine.layout, holder=me.instance_id, incarnation=me.incarnation)
+        self._stores = KvStores(context.mesh, self._engine.layout, holder=me.instance_id, incarnation=me.incarnation)
         self._runner = PrefillRunner(
-            self._engine, self._kv, context.plugins, context.plugins.last("kv_hand_overs"), instance=me.instance_id, max_jobs=settings.max_jobs
+            self._engine, self._stores, context.plugins, context.plugins.last("kv_hand_overs"), instance=me.instance_id, max_jobs=settings.max_jobs
         )
         self._runner.driver.start()
         self._taker = JobTaker(
@@ -107,8 +107,8 @@ class PrefillService(rpc.PrefillServicer):
             await self._taker.cancel_running()
         if self._runner is not None:
             await self._runner.driver.stop()
-        if self._kv is not None:
-            await self._kv.close()
+        if self._stores is not None:
+            await self._stores.close()
 
     # The wire
 
