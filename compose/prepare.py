@@ -90,7 +90,8 @@ def make_secrets(folder: pathlib.Path) -> None:
     _secret(folder / "postgres_password")
     key = _secret(folder / "api_key", "pm-")
     # The broker's file repeats the passwords, and the gateway's holds the key's hash: both follow from the files above.
-    _write(folder / "nats_passwords", "".join(f'{password_variable(role)}: "{password}"\n' for role, password in passwords.items()))
+    # The inner quotes are for nats-server, which would take a password that starts with digits for a number.
+    _write(folder / "nats_passwords", "".join(f"{password_variable(role)}='\"{password}\"'\n" for role, password in passwords.items()))
     digest = hashlib.sha256(key.encode()).hexdigest()
     _write(folder / "gateway_keys", f'[[keys]]\nname = "compose"\nhash = "sha256:{digest}"\nscopes = ["inference", "models"]\n')
 
