@@ -17,11 +17,12 @@ import signal
 import subprocess
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import structlog
 
+from plugmesh.errors import PlugmeshError
 from plugmesh.supervisor import logfiles, spawn
 
 log = structlog.get_logger()
@@ -44,7 +45,11 @@ class ChildState(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class ChildSpec:
-    """One process to keep running. `stop_rank`: children are stopped rank by rank, lowest first."""
+    """One process to keep running. `stop_rank`: children are stopped rank by rank, lowest first.
+
+    `start` replaces `argv` and `env` where a process is started by other means; the process must lead its own group, and
+    a PlugmeshError or OSError from it counts as a crash.
+    """
 
     name: str
     role: str
@@ -52,6 +57,7 @@ class ChildSpec:
     env: Mapping[str, str]
     log_path: pathlib.Path
     stop_rank: int = 0
+    start: Callable[[], Awaitable[subprocess.Popen[bytes]]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +154,11 @@ class Supervisor:
             for c in self._children.values()
         ]
 
+    def pids(self, name: str) -> set[int]:
+        """The process id of a child that runs now; empty when there is none."""
+        process = self._children[name].process if name in self._children else None
+        return {process.pid} if process is not None and process.returncode is None else set()
+
     @property
     def config_failures(self) -> list[ChildStatus]:
         """Children that ended because of their configuration."""
@@ -214,11 +225,16 @@ class Supervisor:
             self._set(child, ChildState.STARTING)
             started = time.monotonic()
             try:
-                child.process = spawn.spawn(child.spec.argv, child.spec.env, child.spec.log_path)
+                spec = child.spec
+                child.process = await spec.start() if spec.start else spawn.spawn(spec.argv, spec.env, spec.log_path)
+                if self._stopping.is_set():  # `stop` or `kill` looked while there was no process yet
+                    spawn.signal_group(child.process, signal.SIGKILL)
                 child.exit_status = await spawn.wait_exit(child.process)
                 child.detail = exit_text(child.exit_status)
             except OSError as e:
                 child.exit_status, child.detail = 127, f"cannot start: {e.strerror}"
+            except PlugmeshError as e:
+                child.exit_status, child.detail = 127, e.message
             if self._stopping.is_set():
                 break
             if child.exit_status == EXIT_CONFIG:

@@ -46,6 +46,7 @@ class MeshRun:
     nats_password_file: str = ""
     nats_tls_ca_file: str = ""
     shm_paths: tuple[str, ...] = ()
+    ephemeral: bool = False   # started by one command for itself
 
     def alive(self) -> bool:
         return process_start(self.pid) == self.pid_started != 0
@@ -122,9 +123,10 @@ def find_run(name: str | None = None, folder: pathlib.Path | None = None) -> Mes
         raise NotFound(f"no mesh named {name!r} is running here" + (f"; running: {', '.join(r.name for r in runs)}" if runs else ""))
     if not runs:
         raise NotFound("no mesh is running here; start one with: plugmesh up")
-    if len(runs) > 1:
-        raise NotFound(f"several meshes are running; choose one with --mesh: {', '.join(r.name for r in runs)}")
-    return runs[0]
+    lasting = [r for r in runs if not r.ephemeral] or runs
+    if len(lasting) > 1:
+        raise NotFound(f"several meshes are running; choose one with --mesh: {', '.join(r.name for r in lasting)}")
+    return lasting[0]
 
 
 def write(run: MeshRun, folder: pathlib.Path | None = None) -> pathlib.Path:

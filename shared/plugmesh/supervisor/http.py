@@ -1,4 +1,4 @@
-"""As much HTTP/1.1 as the command line needs: one request per connection, answers read as they come."""
+"""As much HTTP/1.1 as asking a gateway needs: one request per connection, answers read as they come."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ async def request(
     secure = parts.scheme == "https"
     host, port = parts.hostname or "127.0.0.1", parts.port or (443 if secure else 80)
     payload = b"" if body is None else json.dumps(body).encode()
-    head = [f"{method} {parts.path or '/'} HTTP/1.1", f"Host: {parts.netloc}", "Connection: close", "Accept: */*", "User-Agent: plugmesh-cli"]
+    head = [f"{method} {parts.path or '/'} HTTP/1.1", f"Host: {parts.netloc}", "Connection: close", "Accept: */*", "User-Agent: plugmesh"]
     if body is not None:
         head += ["Content-Type: application/json", f"Content-Length: {len(payload)}"]
     if api_key:
