@@ -50,7 +50,7 @@ class TorchAttention:
         self._storage = storage
         self._num_layers, _, _, self._num_kv_heads, self._head_dim = storage.shape[1:]
         self._group = num_heads // self._num_kv_heads
-        self._flat = storage.view(storage.shape[0] * self._num_layers, -1)  # one row: a layer of a block, contiguous
+        self._flat = storage.view(storage.shape[0] * self._num_layers * 2, -1)  # one row: K or V of a layer of a block, contiguous
         self._decodes: list[_Decodes] = []
         self._chunks: list[_Chunk] = []
         self._batch: Batch | None = None
@@ -107,10 +107,10 @@ class TorchAttention:
 
     def _gather(self, blocks: torch.Tensor, num_sequences: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V (B, kv_heads, L, head_dim) of one layer, L a multiple of 16."""
-        kv = self._flat.index_select(0, blocks * self._num_layers + layer)
-        kv = kv.view(num_sequences, -1, 2, BLOCK_TOKENS, self._num_kv_heads, self._head_dim)
+        rows = blocks * (2 * self._num_layers) + 2 * layer
         shape = (num_sequences, -1, self._num_kv_heads, self._head_dim)
-        return kv[:, :, 0].reshape(shape).transpose(1, 2), kv[:, :, 1].reshape(shape).transpose(1, 2)
+        k, v = self._flat.index_select(0, rows).view(shape), self._flat.index_select(0, rows + 1).view(shape)
+        return k.transpose(1, 2), v.transpose(1, 2)
 
     def _run_decodes(self, q: torch.Tensor, out: torch.Tensor, layer: int, d: _Decodes) -> None:
         b = len(d.rows)

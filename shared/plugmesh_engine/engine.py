@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import secrets
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from typing import Any
@@ -246,7 +247,9 @@ class Engine:
                     parts.append(self._runner.run([self._rows(s, n)]))
                     done.append((s, n))
                 except Exception as e1:
-                    log.exception("engine.sequence_failed", request_id=s.request_id)
+                    # Not the traceback: a renderer that shows local variables would put token ids into the log.
+                    frame = traceback.extract_tb(e1.__traceback__)[-1]
+                    log.error("engine.sequence_failed", request_id=s.request_id, error=type(e1).__name__, where=f"{frame.name}:{frame.lineno}")
                     self._fail(s.group, e1 if isinstance(e1, PlugmeshError) else InternalError("the model failed on this request"))
             done = [(s, n) for s, n in done if s.state is State.RUNNING]
             logits = torch.cat(parts) if parts else None

@@ -20,14 +20,16 @@ def measure_step_ms(runner: Runner, pool: BlockPool, vocab_size: int, num_prefil
     try:
         rows: list[Rows] = []
         for length, computed in [(num_prefill_tokens, 0)] * (num_prefill_tokens > 0) + [(1, kv_tokens)] * num_decodes:
-            blocks = [pool.take() for _ in range(-(-(length + computed) // BLOCK_TOKENS))]
-            taken += blocks
+            start = len(taken)
+            for _ in range(-(-(length + computed) // BLOCK_TOKENS)):
+                taken.append(pool.take())
+            blocks = taken[start:]
             rows.append(Rows([i % vocab_size for i in range(length)], computed, blocks, logits=computed > 0 or num_decodes == 0))
         if not rows:
             return 0.0
-        start = time.perf_counter()
+        began = time.perf_counter()
         runner.run(rows)
-        return (time.perf_counter() - start) * 1e3
+        return (time.perf_counter() - began) * 1e3
     except OutOfBlocks:
         raise Overloaded(f"{len(taken)} free blocks are too few to measure a step of this size") from None
     finally:

@@ -33,6 +33,7 @@ class SampleRow:
     end_ids: Sequence[int]
 
 
+@torch.inference_mode()
 def sample(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[TokenInfo | None]:
     """One token per row, in the order that `plugmesh.types.SamplingParams` documents.
 

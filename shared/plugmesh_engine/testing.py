@@ -93,7 +93,7 @@ def write_manifest(folder: pathlib.Path, config: ModelConfig, weights: Mapping[s
     entries = []
     with path.open("wb") as f:
         for name, array in weights.items():
-            tensor = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32)).to(getattr(torch, dtype))
+            tensor = torch.from_numpy(np.array(array, dtype=np.float32)).to(getattr(torch, dtype))
             data = tensor.view(torch.uint8).numpy().tobytes()
             f.write(b"\0" * (-f.tell() % 64))
             entries.append(FileTensor(name, dtype, array.shape, str(path), f.tell(), len(data)))

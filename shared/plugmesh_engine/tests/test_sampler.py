@@ -1,0 +1,157 @@
+"""The batched sampler against a slow one that handles one row with plain loops."""
+
+import math
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+
+from plugmesh.types import SamplingParams
+from plugmesh_engine import sampler
+from plugmesh_engine.sampler import SampleRow, sample, uniforms
+
+VOCAB = 29
+
+
+def row(params: SamplingParams, *, seed: int = 1, sequence: int = 0, position: int = 0, prompt: tuple[int, ...] = (), output: tuple[int, ...] = (),
+        end_ids: tuple[int, ...] = ()) -> SampleRow:  # fmt: skip
+    counts = {t: output.count(t) for t in output}
+    return SampleRow(params, seed, sequence, position, np.unique(np.array(prompt, dtype=np.int64)), counts, end_ids)
+
+
+def slow_distribution(logits: np.ndarray, r: SampleRow) -> tuple[np.ndarray, np.ndarray, bool]:
+    """(log-probabilities before temperature, probabilities to draw from, whether some border is too close to call), one rule after another."""
+    p, x = r.params, [float(v) for v in logits]
+    for t, b in p.logit_bias.items():
+        x[t] += b
+    for t in set(r.prompt_ids.tolist()) | set(r.counts):
+        x[t] = x[t] / p.repetition_penalty if x[t] > 0 else x[t] * p.repetition_penalty
+    for t, n in r.counts.items():
+        x[t] -= p.presence_penalty + n * p.frequency_penalty
+    if r.position < p.min_tokens:
+        for t in r.end_ids:
+            x[t] = -math.inf
+    top = max(x)
+    logz = top + math.log(sum(math.exp(v - top) for v in x))
+    logprobs = np.array([v - logz for v in x])
+    if p.temperature == 0:
+        return logprobs, np.eye(len(x))[int(np.argmax(np.array(x, dtype=np.float32)))], False
+    y = [v / p.temperature for v in x]
+    order = sorted(range(len(y)), key=lambda t: -y[t])
+    keep = set(order)
+    close = False
+    if 0 < p.top_k < len(y):
+        kth = y[order[p.top_k - 1]]
+        keep = {t for t in keep if y[t] >= kth}
+        close |= any(0 < abs(v - kth) < 1e-5 for v in y)
+    if p.top_p < 1:
+        mass = {t: math.exp(y[t] - max(y)) for t in keep}
+        total, reached = sum(mass.values()), 0.0
+        for t in order:
+            reached += mass.get(t, 0.0)
+            close |= abs(reached / total - p.top_p) < 1e-5
+            if reached / total >= p.top_p:
+                keep = {u for u in keep if y[u] >= y[t]}
+                close |= any(0 < abs(v - y[t]) < 1e-5 for v in y)
+                break
+    if p.min_p > 0:
+        close |= any(abs(math.exp(v - max(y)) - p.min_p) < 1e-5 for v in y)
+        keep = {t for t in keep if math.exp(y[t] - max(y)) >= p.min_p}
+    probs = np.array([math.exp(y[t] - max(y)) if t in keep else 0.0 for t in range(len(y))])
+    return logprobs, probs / probs.sum(), close
+
+
+def slow_draw(probs: np.ndarray, u: float) -> int:
+    cdf = np.cumsum(probs)
+    assume(np.abs(cdf - u).min() > 1e-6)
+    return int(np.searchsorted(cdf, u, side="right"))
+
+
+TOKENS = st.lists(st.integers(0, VOCAB - 1), max_size=6).map(tuple)
+PARAMS = st.builds(
+    SamplingParams,
+    temperature=st.sampled_from([0.0, 0.3, 1.0, 1.7]), top_k=st.sampled_from([0, -1, 1, 3, VOCAB]), top_p=st.sampled_from([1.0, 0.97, 0.6, 0.0]),
+    min_p=st.sampled_from([0.0, 0.05, 0.5]), repetition_penalty=st.sampled_from([1.0, 1.3, 0.7]), presence_penalty=st.sampled_from([0.0, 0.9]),
+    frequency_penalty=st.sampled_from([0.0, -0.4]), logit_bias=st.dictionaries(st.integers(0, VOCAB - 1), st.sampled_from([-100.0, 2.5]), max_size=3),
+    min_tokens=st.sampled_from([0, 2]), logprobs=st.booleans(), top_logprobs=st.integers(0, 4),
+)  # fmt: skip
+ROWS = st.builds(row, PARAMS, seed=st.integers(-(2**63), 2**64), sequence=st.integers(0, 9), position=st.integers(0, 4), prompt=TOKENS, output=TOKENS,
+                 end_ids=st.sampled_from([(), (2,), (2, 5)]))  # fmt: skip
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(ROWS, min_size=1, max_size=5), st.integers(0, 2**32 - 1))
+def test_a_batch_gives_what_the_slow_sampler_gives_row_by_row(rows: list[SampleRow], seed: int) -> None:
+    logits = (np.random.default_rng(seed).standard_normal((len(rows), VOCAB)) * 3).astype(np.float32)
+    infos = sample(torch.from_numpy(logits.copy()), rows)
+    for i, r in enumerate(rows):
+        logprobs, probs, close = slow_distribution(logits[i], r)
+        assume(not close)
+        u = float(uniforms([r.seed], [r.sequence], [r.position])[0])
+        info = infos[i]
+        assert info is not None
+        assert info.token_id == (int(probs.argmax()) if r.params.temperature == 0 else slow_draw(probs, u))
+        if r.params.logprobs:
+            best = sorted(logprobs, reverse=True)[: r.params.top_logprobs]
+            assert info.logprob == pytest.approx(logprobs[info.token_id], abs=1e-4)
+            assert [lp for _, lp in info.top] == pytest.approx(best, abs=1e-4)
+            assert all(lp == pytest.approx(logprobs[t], abs=1e-4) for t, lp in info.top)
+        else:
+            assert info.logprob == 0 and info.top == ()
+
+
+@pytest.mark.parametrize(
+    "params",
+    [SamplingParams(), SamplingParams(temperature=0.7, top_p=0.8), SamplingParams(top_k=4, min_p=0.02), SamplingParams(temperature=1.5, frequency_penalty=0.5)],
+)
+def test_drawn_tokens_follow_the_distribution(params: SamplingParams) -> None:
+    """Chi-squared over 20,000 positions; the bound is passed by chance less than once in a million."""
+    n = 20_000
+    logits = (np.random.default_rng(3).standard_normal(VOCAB) * 2).astype(np.float32)
+    rows = [row(params, seed=11, position=i, output=(1, 1, 4)) for i in range(n)]
+    drawn = [info.token_id for info in sample(torch.from_numpy(np.tile(logits, (n, 1))), rows) if info]
+    _, probs, _ = slow_distribution(logits, rows[0])
+    seen = np.bincount(drawn, minlength=VOCAB)
+
+    assert not seen[probs == 0].any()
+    kept = probs > 0
+    chi2 = ((seen[kept] - n * probs[kept]) ** 2 / (n * probs[kept])).sum()
+    dof = kept.sum() - 1
+    assert chi2 < dof + 5 * math.sqrt(2 * dof) + 12
+
+
+def test_uniforms_are_even_and_differ_in_every_coordinate() -> None:
+    u = uniforms([7] * 4096, [0] * 4096, list(range(4096)))
+
+    assert abs(u.mean() - 0.5) < 0.02 and 0 <= u.min() and u.max() < 1
+    assert np.abs(np.histogram(u, 16, (0, 1))[0] - 256).max() < 90
+    assert len({float(uniforms([a], [b], [c])[0]) for a in range(5) for b in range(5) for c in range(5)}) == 125
+    assert uniforms([-1], [0], [0]) == uniforms([2**64 - 1], [0], [0])  # the same 64 bits
+
+
+def test_a_flat_distribution_falls_back_to_the_full_sort(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.from_numpy(np.random.default_rng(0).standard_normal((3, VOCAB)).astype(np.float32))
+    rows = [row(SamplingParams(temperature=1.0, top_p=p), position=i) for i, p in enumerate((0.3, 0.9, 0.999))]
+    wanted = sample(logits.clone(), rows)
+    monkeypatch.setattr(sampler, "_CANDIDATES", 3)
+
+    assert sample(logits.clone(), rows) == wanted
+
+
+def test_tied_tokens_at_the_border_are_all_let_in() -> None:
+    logits = torch.tensor([[1.0, 1.0, 1.0, 0.0]]).repeat(200, 1)
+    rows = [row(SamplingParams(top_k=2), position=i) for i in range(200)]
+
+    assert {info.token_id for info in sample(logits, rows) if info} == {0, 1, 2}
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_row_without_finite_maximum_spoils_only_itself(bad: float) -> None:
+    logits = torch.randn(3, VOCAB, generator=torch.Generator().manual_seed(0))
+    rows = [row(SamplingParams(temperature=t, top_p=0.9), position=i) for i, t in enumerate((0.0, 1.0, 1.0))]
+    wanted = sample(logits.clone(), rows)
+    logits[1, 4] = bad
+
+    assert sample(logits, rows) == [wanted[0], None, wanted[2]]
