@@ -59,6 +59,14 @@ class CarrierChannel(grpc.aio.Channel):
     def stream_stream(self, method, request_serializer=None, response_deserializer=None, _registered_method=None):  # type: ignore[no-untyped-def]
         return _StreamStream(self, method, request_serializer, response_deserializer)
 
+    @property
+    def num_running(self) -> int:
+        return len(self._pipes)
+
+    def retire(self) -> None:
+        """Refuses new calls from now on: what it reached is gone for good."""
+        self._closed = True
+
     async def __aenter__(self) -> CarrierChannel:
         return self
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -16,6 +17,12 @@ from plugmesh.errors import InternalError, PlugmeshError
 from plugmesh.mesh import trace
 
 log = structlog.get_logger()
+
+
+def where(e: BaseException) -> str:
+    """The innermost frames of an exception. Its text and its locals may quote a prompt, so they are not logged."""
+    frames = traceback.extract_tb(e.__traceback__)[-4:]
+    return " < ".join(f"{f.filename.rpartition('/')[2]}:{f.lineno} {f.name}" for f in reversed(frames))
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
@@ -81,6 +88,5 @@ async def _translate(e: Exception, method: str, context: grpc.aio.ServicerContex
     code = context.code()
     if code not in (None, 0, grpc.StatusCode.OK) and isinstance(code, grpc.StatusCode):
         await context.abort(code, context.details() or "")
-    # The text may hold anything, so it stays in our log.
-    log.error("rpc.handler_failed", method=method, error=type(e).__name__, exc_info=e)
+    log.error("rpc.handler_failed", method=method, error=type(e).__name__, where=where(e))
     await wire.abort(context, InternalError("internal error"))

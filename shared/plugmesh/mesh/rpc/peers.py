@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +59,7 @@ class PeerWatch:
         self._unanswered: dict[Pipe, float] = {}      # opened, nobody has taken it yet; time of opening
         self._numbers = itertools.count()
         self._task: asyncio.Task[None] | None = None
+        self.on_lost: Callable[[str, str], None] | None = None   # told (instance, incarnation) of a lost peer
         self._connected_at = -1e9
         self._undo = carrier.on_state(self._on_state)
         carrier.routes[PING_TOKEN] = self._answer_ping
@@ -182,6 +184,8 @@ class PeerWatch:
 
     def _lost(self, peer: Peer, why: str) -> None:
         self._drop(peer)
+        if self.on_lost is not None and peer.instance:
+            self.on_lost(peer.instance, peer.incarnation)
         error: PlugmeshError = Unavailable(why, retry_after_s=1.0)
         for pipe in list(peer.pipes):
             pipe.on_broken(error)

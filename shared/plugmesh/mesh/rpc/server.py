@@ -32,6 +32,7 @@ from plugmesh.mesh import trace
 from plugmesh.mesh.rpc import frames
 from plugmesh.mesh.rpc.carrier import Carrier, Undo
 from plugmesh.mesh.rpc.frames import Packet
+from plugmesh.mesh.rpc.interceptor import where
 from plugmesh.mesh.rpc.peers import PeerWatch
 from plugmesh.mesh.rpc.pipe import Pipe
 
@@ -327,8 +328,8 @@ class ServerPipe(Pipe):
             if context.code_set not in (None, _OK):
                 self._end(context.code_set, context.details_set, context.trailing)
             else:
-                # The text may hold anything, so it stays in our log.
-                log.error("rpc.handler_failed", method=self.method, error=type(e).__name__, exc_info=True)
+                # Neither the peer nor the log gets the exception's text: it may quote a prompt.
+                log.error("rpc.handler_failed", method=self.method, error=type(e).__name__, where=where(e))
                 self.end_with(InternalError("internal error"), context.trailing)
         else:
             self._end(context.code_set or _OK, context.details_set, context.trailing, response)
