@@ -1,4 +1,4 @@
-"""Who may come in now: a bounded number of prompts and tokens in flight, a bounded queue by priority, 429 beyond it."""
+"""Who may come in now: a bounded number of sequences and tokens in flight, a bounded queue by priority, 429 beyond it."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ class Admission:
     """Bounded admission for one gateway process; used from its event loop only.
 
     Waiters leave in order of (priority, arrival). A waiter that needs more than is free holds up those behind it: without
-    that, large requests starve. A request larger than the whole token budget runs when it is alone.
+    that, large requests starve. A request larger than a whole budget runs when it is alone.
 
     Args:
-        max_places: Prompts in flight.
+        max_places: Sequences in flight.
         max_queued: Waiters; one more is refused.
         max_tokens: Prompt plus wanted tokens in flight.
     """
@@ -84,7 +84,7 @@ class Admission:
             return
         if num_places and len(self._heap) >= self.max_queued:
             raise Overloaded(
-                f"{self.num_places} prompts are in flight and {len(self._heap)} requests wait; try again later",
+                f"{self.num_places} sequences are in flight and {len(self._heap)} requests wait; try again later",
                 retry_after_s=self.retry_after_s())
         waiter = _Waiter(num_places, num_tokens)
         entry = (priority, next(self._order), waiter)

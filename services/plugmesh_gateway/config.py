@@ -23,7 +23,7 @@ class Settings(ServiceSettings):
     max_connections: int = pydantic.Field(2048, ge=1)
 
     # Admission.
-    max_in_flight: int = pydantic.Field(256, ge=1)                # prompts being worked on
+    max_in_flight: int = pydantic.Field(256, ge=1)                # sequences being worked on
     max_queued: int = pydantic.Field(512, ge=0)                   # requests waiting for a place; above it 429
     max_pending_tokens: int = pydantic.Field(1_048_576, ge=1)     # prompt plus wanted tokens of all work in flight
 

@@ -133,23 +133,26 @@ class DecodeLinks:
         probe = self._probes.pop(link, None)
         if probe is not None and probe is not asyncio.current_task():
             probe.cancel()
-        self.peers.suspect(link.info, self.stall_s / 2 if cause in ("stalled", "suspect") else min(0.5, self.stall_s))
-        log.warning("decode.lost", peer=link.info.instance_id, cause=cause, code=error.code, num_requests=len(sinks))
+        if cause != "drained":
+            self.peers.suspect(link.info, self.stall_s / 2 if cause in ("stalled", "suspect") else min(0.5, self.stall_s))
+            log.warning("decode.lost", peer=link.info.instance_id, cause=cause, code=error.code, num_requests=len(sinks))
         for sink in sinks.values():
             sink.on_decode_lost(cause, error)
 
     async def _watch(self) -> None:
-        tick = max(self.stall_s / 4, 0.02)
+        tick = min(max(self.stall_s / 4, 0.02), 0.5)
         while True:
             await asyncio.sleep(tick)
             now = time.monotonic()
             for link, sinks in list(self._sinks.items()):
                 if not sinks:
                     self._steps.pop(link, None)
+                    if self.peers.is_leaving(link.info):
+                        self._give_up(link, "drained", Unavailable("the decode instance is draining"))
                     continue
                 if now - link.last_alive > self.stall_s:
                     self._give_up(link, "stalled", Unavailable(f"decode instance {link.info.instance_id} does not answer", retry_after_s=1))
-                elif now - link.last_alive > tick / 2 and link not in self._probes:
+                elif now - link.last_alive > self.stall_s / 8 and link not in self._probes:
                     self._probes[link] = asyncio.create_task(self._probe(link), name="decode-probe")
 
     async def _probe(self, link: Link) -> None:

@@ -53,7 +53,7 @@ class Gateway:
         self.engine = Engine(mesh, settings, self.decode, self.texts, SafeRouter.choose(plugins), metrics)
         self._running: dict[str, Generation | None] = {}   # None while it is admitted and prepared
         self._one_less = asyncio.Event()
-        metrics.gauge("gateway_in_flight", "Prompts being worked on", lambda: self.admission.num_places)
+        metrics.gauge("gateway_in_flight", "Sequences being worked on", lambda: self.admission.num_places)
         metrics.gauge("gateway_queued", "Requests waiting for a place or for tokens", lambda: self.admission.num_queued)
         metrics.gauge("gateway_pending_tokens", "Prompt plus wanted tokens in flight", lambda: self.admission.num_tokens)
         metrics.gauge("gateway_buffered_events", "Events that clients have not taken yet",
@@ -113,7 +113,7 @@ class Gateway:
                 raise Unavailable(f"no {' and no '.join(missing)} instance is ready", retry_after_s=2)
             model, instances = await self.models.choose(wanted.model)
             # 2. A place, in order of priority.
-            ticket = await self.admission.admit(len(wanted.prompts), wanted.priority, deadline)
+            ticket = await self.admission.admit(len(wanted.prompts) * wanted.sampling.num_sequences, wanted.priority, deadline)
             # 3. Token ids, and the checks that need the model.
             prompts = await self._prepare(wanted, model, deadline)
             echoes = await self._echoes(wanted, model, deadline)

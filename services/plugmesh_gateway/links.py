@@ -66,6 +66,7 @@ class Link:
         if self.is_open:
             self.is_open = False
             self._unsent.clear()
+            self._wake.set()  # the sender ends by itself
             self._task.cancel()
 
     def lose(self, error: PlugmeshError) -> None:

@@ -53,6 +53,11 @@ class Peers:
             found.append(info)
         return found
 
+    def is_leaving(self, info: InstanceInfo) -> bool:
+        """Whether this very incarnation says that it drains."""
+        return any(i.instance_id == info.instance_id and i.incarnation == info.incarnation and i.state == "draining"
+                   for i in self.mesh.instances(self.role))
+
     def suspect(self, info: InstanceInfo, for_s: float) -> None:
         """Leaves this incarnation out of `live` for a while."""
         if len(self._suspects) > 1024:

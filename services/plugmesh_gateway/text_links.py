@@ -169,15 +169,19 @@ class TextLinks:
         self._frames.pop(link, None)
         self._waiting.pop(link, None)
         sequences = self._sequences.pop(link)
-        self.peers.suspect(link.info, self.stall_s / 2 if cause in ("stalled", "suspect") else min(0.5, self.stall_s))
-        log.warning("tokenizer.lost", peer=link.info.instance_id, cause=cause, code=error.code, num_sequences=len(sequences))
+        if cause != "drained":
+            self.peers.suspect(link.info, self.stall_s / 2 if cause in ("stalled", "suspect") else min(0.5, self.stall_s))
+            log.warning("tokenizer.lost", peer=link.info.instance_id, cause=cause, code=error.code, num_sequences=len(sequences))
         for sequence in sequences.values():
             sequence.sink.on_text_lost()
         self.flush()
 
     async def _watch(self) -> None:
         while True:
-            await asyncio.sleep(max(self.stall_s / 4, 0.02))
+            await asyncio.sleep(min(max(self.stall_s / 4, 0.02), 0.5))
+            for link, sequences in list(self._sequences.items()):
+                if not sequences and self.peers.is_leaving(link.info):
+                    self._give_up(link, "drained")  # it waits for the end of this stream
             now = time.monotonic()
             for link, waiting in list(self._waiting.items()):
                 # An answer pops its sequence and the next token adds it at the end, so the first is the oldest.

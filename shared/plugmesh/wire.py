@@ -127,7 +127,7 @@ _BY_STATUS: dict[grpc.StatusCode, type[errors.PlugmeshError]] = {
 
 def error_from_rpc(e: grpc.RpcError) -> errors.PlugmeshError:
     """The typed error behind a failed RPC, from its details when they are ours, else from its status code."""
-    if isinstance(e, grpc.aio.AioRpcError):
+    if isinstance(e, grpc.aio.AioRpcError | grpc.Call):  # the second is what blocking stubs raise
         for key, value in e.trailing_metadata() or ():
             if key == "grpc-status-details-bin":
                 status = status_pb2.Status.FromString(value if isinstance(value, bytes) else value.encode())

@@ -16,9 +16,6 @@ import grpc
 import openai
 import prometheus_client
 import pytest
-from plugmesh_gateway.config import Settings
-from plugmesh_gateway.service import GatewayService
-from plugmesh_proto.v1 import common_pb2, decode_pb2, decode_pb2_grpc, tokenizer_pb2, tokenizer_pb2_grpc
 
 from plugmesh import wire
 from plugmesh.config import MeshConfig
@@ -26,6 +23,9 @@ from plugmesh.errors import InvalidRequest, PlugmeshError
 from plugmesh.host import PluginHost
 from plugmesh.mesh.api import ServiceContext
 from plugmesh.types import InstanceInfo
+from plugmesh_gateway.config import Settings
+from plugmesh_gateway.service import GatewayService
+from plugmesh_proto.v1 import common_pb2, decode_pb2, decode_pb2_grpc, tokenizer_pb2, tokenizer_pb2_grpc
 
 EOS = 256
 VOCAB = 300
@@ -59,6 +59,16 @@ class ByteTokenizer(tokenizer_pb2_grpc.TokenizerServicer):
 
     async def Detokenize(self, requests, context):
         states: dict[int, Detokenizer] = {}
+
+        def answer(out, sequence_id, token_ids, is_final):
+            state = states[sequence_id]
+            text = "" if state.ended else state.feed(token_ids, is_final)
+            state.ended = state.ended or is_final or bool(state.stopped)
+            out.texts.add(sequence_id=sequence_id, text=text, num_chars_total=state.num_sent, num_tokens_consumed=state.num_tokens,
+                          stopped=bool(state.stopped), stop_string=state.stopped, is_final=state.ended)
+            if state.ended:
+                self.open.discard(sequence_id)
+
         async for frame in requests:
             self.num_frames += 1
             if self.is_silent:
@@ -68,21 +78,12 @@ class ByteTokenizer(tokenizer_pb2_grpc.TokenizerServicer):
                 self.num_opened += 1
                 self.num_replays += bool(o.replay_token_ids)
                 states[o.sequence_id] = Detokenizer(list(o.stop), o.num_delivered_chars)
-                states[o.sequence_id].feed(o.replay_token_ids, False)
                 self.open.add(o.sequence_id)
+                if o.replay_token_ids:
+                    answer(out, o.sequence_id, o.replay_token_ids, False)
             for t in frame.tokens:
-                state = states.get(t.sequence_id)
-                if state is None:
-                    out.texts.add(sequence_id=t.sequence_id, error="not open")
-                    continue
-                text = state.feed(t.token_ids, t.is_final)
-                out.texts.add(sequence_id=t.sequence_id, text=text, num_chars_total=state.num_sent, num_tokens_consumed=state.num_tokens,
-                              stopped=bool(state.stopped), stop_string=state.stopped, is_final=t.is_final or bool(state.stopped))
-                if t.is_final or state.stopped:
-                    del states[t.sequence_id]
-                    self.open.discard(t.sequence_id)
+                answer(out, t.sequence_id, t.token_ids, t.is_final)
             for sequence_id in frame.close:
-                states.pop(sequence_id, None)
                 self.open.discard(sequence_id)
             if out.texts:
                 yield out
@@ -98,7 +99,7 @@ class Detokenizer:
         self.num_sent = num_delivered
         self.num_tokens = 0
         self.stopped = ""
-        self.kept = ""
+        self.ended = False
 
     def feed(self, ids, is_final: bool) -> str:
         for token in ids:
@@ -118,10 +119,7 @@ class Detokenizer:
                     if self.text.endswith(s[:n]):
                         end = min(end, len(self.text) - n)
                         break
-        # Text of a replay counts with the next tokens; nothing is sent twice.
         out = self.text[self.num_sent : end] if end > self.num_sent else ""
-        if ids is not None and not isinstance(ids, list) and self.num_tokens == 0:
-            return ""
         self.num_sent += len(out)
         return out
 
@@ -210,7 +208,7 @@ class ScriptedDecode(decode_pb2_grpc.DecodeServicer):
                             info.top.add(token_id=(token + a) % 256, logprob=-0.5 - a)
                         row = frame.rows.add(request_id=rid, sequence=i, index=k, tokens=[info])
                         counts[rid][i] = k + 1
-                        if token == EOS and not r.sampling.ignore_eos or token in r.sampling.stop_token_ids:
+                        if (token == EOS and not r.sampling.ignore_eos) or token in r.sampling.stop_token_ids:
                             row.finish_reason = common_pb2.FINISH_REASON_STOP
                         elif k + 1 >= r.sampling.max_tokens:
                             row.finish_reason = common_pb2.FINISH_REASON_LENGTH
@@ -301,12 +299,11 @@ class TestMesh:
         """As kill -9: streams break; the table notices (or not yet)."""
         if tell:
             self.peers.pop(peer.info.instance_id, None)
+            self.tell("left", peer.info)
         channel = self._channels.pop(peer.info.instance_id, None)
         await peer.server.stop(0)
         if channel is not None:
             await channel.close()
-        if tell:
-            self.tell("left", peer.info)
 
     def set_state(self, peer: Peer, state: str) -> None:
         peer.info = dataclasses.replace(peer.info, state=state)
@@ -351,16 +348,24 @@ class Stack:
     def __init__(self, mesh: TestMesh, service: GatewayService, registry) -> None:
         self.mesh, self.service, self.registry = mesh, service, registry
         self.gateway = service.gateway
+        self._clients: list[openai.AsyncOpenAI] = []
         self.url = f"http://127.0.0.1:{service.http.port}"
 
     def client(self, **kw) -> openai.AsyncOpenAI:
-        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key=kw.pop("api_key", "none"), max_retries=0, timeout=20, **kw)
+        self._clients.append(openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key=kw.pop("api_key", "none"), max_retries=0, timeout=20, **kw))
+        return self._clients[-1]
 
     async def decode(self, script=None, name: str = "") -> Peer:
         return await self.mesh.add("decode", ScriptedDecode(name, script or say("Hello, world!")), name)
 
     async def tokenizer(self) -> Peer:
         return await self.mesh.add("tokenizer", ByteTokenizer())
+
+    async def stop(self) -> None:
+        for client in self._clients:
+            await client.close()
+        await self.service.stop()
+        await self.mesh.close()
 
     def value(self, name: str, **labels: str) -> float:
         return self.registry.get_sample_value(name, labels) or 0.0
@@ -380,29 +385,33 @@ async def until(condition: Callable[[], bool], timeout: float = 5.0) -> None:
             await asyncio.sleep(0.005)
 
 
+async def make_stack(*, peers: bool = True, plugins: tuple[tuple[str, object], ...] = (), **settings: Any) -> Stack:
+    """A started Stack; the caller stops it."""
+    mesh = TestMesh()
+    config = MeshConfig.model_validate({"mesh": {"model": "tiny"}})
+    host = PluginHost("gateway", config)
+    for slug, plugin in plugins:
+        host.register(slug, plugin)
+    registry = prometheus_client.CollectorRegistry()
+    fields = {"port": 0, "stall_s": 1.0, "recovery_wait_s": 5.0, **settings}
+    service = GatewayService(ServiceContext("gateway", mesh, config, Settings(**fields), host, registry))
+    await service.start()
+    stack = Stack(mesh, service, registry)
+    if peers:
+        await stack.decode()
+        await stack.tokenizer()
+    return stack
+
+
 @pytest.fixture
 async def start():
-    """`await start(peers=..., **settings)` gives a Stack; everything is stopped afterwards."""
+    """`await start(peers=..., **settings)` gives a Stack that is stopped after the test."""
     stacks: list[Stack] = []
 
-    async def make(*, peers: bool = True, plugins: tuple[tuple[str, object], ...] = (), **settings: Any) -> Stack:
-        mesh = TestMesh()
-        config = MeshConfig.model_validate({"mesh": {"model": "tiny"}})
-        host = PluginHost("gateway", config)
-        for slug, plugin in plugins:
-            host.register(slug, plugin)
-        registry = prometheus_client.CollectorRegistry()
-        fields = {"port": 0, "stall_s": 1.0, "recovery_wait_s": 5.0, **settings}
-        service = GatewayService(ServiceContext("gateway", mesh, config, Settings(**fields), host, registry))
-        await service.start()
-        stack = Stack(mesh, service, registry)
-        stacks.append(stack)
-        if peers:
-            await stack.decode()
-            await stack.tokenizer()
-        return stack
+    async def make(**kw: Any) -> Stack:
+        stacks.append(await make_stack(**kw))
+        return stacks[-1]
 
     yield make
     for stack in stacks:
-        await stack.service.stop()
-        await stack.mesh.close()
+        await stack.stop()
