@@ -23,10 +23,11 @@ from nats.aio.client import Client
 from plugmesh.errors import ConfigError, Unavailable
 from plugmesh.mesh import subjects
 from plugmesh.mesh.rpc.carrier import OnMessage, Undo
-from plugmesh.mesh.rpc.frames import MAX_MESSAGE_BYTES
+from plugmesh.mesh.rpc.frames import MAX_MESSAGE_BYTES, MAX_METADATA_BYTES
 
 log = structlog.get_logger()
 
+HEAD_ROOM_BYTES = MAX_METADATA_BYTES + 4096
 MAX_BACKLOG_BYTES = 64 << 20    # publishing fails beyond; the credit windows keep it far below
 
 
@@ -60,7 +61,7 @@ class NatsCarrier:
         """
         if password_file is not None:
             try:
-                password = password_file.read_text().strip()
+                password = password_file.read_text().strip()  # noqa: ASYNC240 - a few bytes, before anything runs
             except OSError as e:
                 raise ConfigError(f"cannot read mesh.nats.password_file {password_file}: {e.strerror}") from e
         client = Client()
@@ -85,6 +86,8 @@ class NatsCarrier:
             await client.close()
             raise Unavailable(f"cannot reach the broker at {url}: {reason}", retry_after_s=1.0) from e
         self._connected = True
+        # A broker with a lower cap of its own lowers ours: a packet is a message, its head and its metadata.
+        self.max_message_bytes = min(MAX_MESSAGE_BYTES, max(1024, client.max_payload - HEAD_ROOM_BYTES))
         await client.subscribe(f"{self.inbox}.*", cb=self._on_inbox, pending_bytes_limit=0)
         await client.flush(5)
         return self
