@@ -35,9 +35,10 @@ def connect(url: str, password: str | None = None) -> tuple[sa.Engine, sa.Engine
             raise ConfigError(f"the catalogue needs sqlite or postgresql, not {parsed.get_backend_name()!r}", key="services.weightstore.database_url")
     except (ArgumentError, NoSuchModuleError) as e:
         raise ConfigError("not a valid database URL", key="services.weightstore.database_url") from e
-    if parsed.database:
-        Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
-    engine = sa.create_engine(parsed, connect_args={"timeout": 30, "check_same_thread": False}, pool_size=8, pool_timeout=30)
+    if parsed.database in (None, "", ":memory:"):
+        raise ConfigError("the catalogue needs a database file", key="services.weightstore.database_url")
+    Path(str(parsed.database)).parent.mkdir(parents=True, exist_ok=True)
+    engine = sa.create_engine(parsed.set(drivername="sqlite"), connect_args={"timeout": 30, "check_same_thread": False}, pool_size=8, pool_timeout=30)
 
     @event.listens_for(engine, "connect")
     def _on_connect(dbapi_connection, record):  # type: ignore[no-untyped-def] # the driver's own types

@@ -200,6 +200,8 @@ class _Parser:
     def tensor(self, i: int) -> tuple[str, str, tuple[int, ...], int, int]:
         field = f"tensors[{i}]"
         name = self.string(f"{field}.name", MAX_KEY_BYTES)
+        if not name:
+            self.fail(f"{field}.name", "is empty")
         num_dims = self.number("<I", f"{field}.dims")
         if not 1 <= num_dims <= MAX_DIMS:
             self.fail(f"{field}.dims", f"{num_dims} dimensions, expected 1 to {MAX_DIMS}")

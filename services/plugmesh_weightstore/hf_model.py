@@ -69,6 +69,8 @@ def load_hf_model(folder: Path, open_path: Callable[[Path], Path] = lambda p: p)
 
 def _tensors(folder: Path, open_path: Callable[[Path], Path], index: bytes | None) -> tuple[list[SourceTensor], dict[Path, FileStamp]]:
     if index is None:
+        if not (folder / "model.safetensors").exists():
+            raise CorruptModelFile(f"{folder.name}: model.safetensors is missing", file="model.safetensors", field="file")
         path = open_path(folder / "model.safetensors")
         tensors, stamp = read_safetensors(path)
         return tensors, {path: stamp}
@@ -83,6 +85,8 @@ def _tensors(folder: Path, open_path: Callable[[Path], Path], index: bytes | Non
     for name in files:
         if name != Path(name).name or not name.endswith(".safetensors"):
             raise CorruptModelFile(f"{_INDEX}: {name[:120]!r} is not the name of a shard", file=_INDEX, field="weight_map")
+        if not (folder / name).exists():
+            raise CorruptModelFile(f"{_INDEX}: the shard {name} is missing", file=_INDEX, field="weight_map")
         path = open_path(folder / name)
         tensors, stamps[path] = read_safetensors(path)
         for t in tensors:
