@@ -202,6 +202,8 @@ class BlockStore:
     def pin(self, lease: Lease, block: Block) -> None:
         """Keeps a block of the arena where it is until released or the lease ends. Counted."""
         assert block.slot is not None
+        if lease.guard is not None and not lease.guard.seen_held:
+            lease.guard.held()  # from now on a freed guard means that the holder died
         lease.pins[block] = lease.pins.get(block, 0) + 1
         block.pins += 1
         self._settle(block)

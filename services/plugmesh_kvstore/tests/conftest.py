@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import grpc
 import prometheus_client
 import pytest
+
 from plugmesh import wire
 from plugmesh.errors import PlugmeshError, Unavailable
 from plugmesh.kv import KvClient

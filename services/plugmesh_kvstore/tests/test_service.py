@@ -8,6 +8,7 @@ import secrets
 
 import grpc
 import pytest
+
 from plugmesh import wire
 from plugmesh.errors import FailedPrecondition, InvalidRequest, NotFound, StaleIncarnation
 from plugmesh.kv import KvIndex
