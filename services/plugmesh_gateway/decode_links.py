@@ -15,7 +15,7 @@ from plugmesh.mesh.api import Mesh
 from plugmesh.types import InstanceInfo
 from plugmesh_proto.v1 import decode_pb2, decode_pb2_grpc
 
-from .links import Link
+from .links import Link, was_cancelled
 from .peers import Peers
 
 log = structlog.get_logger()
@@ -169,5 +169,8 @@ class DecodeLinks:
                 self._give_up(link, "stalled", DataLoss(f"decode instance {link.info.instance_id} makes no steps"))
         except grpc.RpcError:
             pass  # counts as no sign of life
+        except asyncio.CancelledError:
+            if was_cancelled():
+                raise
         finally:
             self._probes.pop(link, None)

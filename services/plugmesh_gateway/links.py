@@ -18,6 +18,15 @@ from plugmesh.wire import error_from_rpc
 log = structlog.get_logger()
 
 
+def was_cancelled() -> bool:
+    """In `except CancelledError`: whether this task was cancelled, and not just an RPC in it.
+
+    A stub raises CancelledError also when the peer ended the call with the status CANCELLED, or when its channel closed.
+    """
+    task = asyncio.current_task()
+    return task is None or task.cancelling() > 0
+
+
 class Link:
     """A stream that starts at once and ends by `close` or by being lost, once.
 
@@ -96,6 +105,10 @@ class Link:
             error = Unavailable(f"{self.info.role} {self.info.instance_id} ended its stream", retry_after_s=1)
         except grpc.RpcError as e:
             error = error_from_rpc(e)
+        except asyncio.CancelledError:
+            if was_cancelled():
+                raise
+            error = Unavailable(f"{self.info.role} {self.info.instance_id} cancelled its stream", retry_after_s=1)
         except Exception as e:
             log.exception("link.failed", peer=self.info.instance_id, error=type(e).__name__)
             error = Unavailable(f"the stream to {self.info.role} {self.info.instance_id} failed", retry_after_s=1)

@@ -11,12 +11,13 @@ from typing import Any
 import grpc
 import structlog
 
-from plugmesh.errors import DeadlineExceeded, NotFound, PlugmeshError, Unavailable
+from plugmesh.errors import Cancelled, DeadlineExceeded, NotFound, PlugmeshError, Unavailable
 from plugmesh.mesh.api import Mesh
 from plugmesh.types import InstanceInfo
 from plugmesh.wire import error_from_rpc
 from plugmesh_proto.v1 import decode_pb2, decode_pb2_grpc, tokenizer_pb2, tokenizer_pb2_grpc
 
+from .links import was_cancelled
 from .peers import Peers
 from .request import ChatPrompt, Prompt, TextPrompt
 
@@ -110,8 +111,11 @@ class Models:
         stub = decode_pb2_grpc.DecodeStub(self.mesh.channel("decode", info.instance_id))
         try:
             status = await stub.Status(decode_pb2.DecodeStatusRequest(), timeout=3.0)
-        except grpc.RpcError as e:
-            log.warning("decode.status_failed", peer=info.instance_id, code=error_from_rpc(e).code)
+        except (grpc.RpcError, asyncio.CancelledError) as e:
+            if was_cancelled() and isinstance(e, asyncio.CancelledError):
+                raise
+            code = error_from_rpc(e).code if isinstance(e, grpc.RpcError) else "cancelled"
+            log.warning("decode.status_failed", peer=info.instance_id, code=code)
             self._failed[info.instance_id] = (info.incarnation, time.monotonic() + 1.0)
             return
         self._failed.pop(info.instance_id, None)
@@ -188,10 +192,14 @@ class Tokenizers:
                 return await getattr(stub, method)(message, timeout=min(left, _TRY_S))
             except grpc.RpcError as e:
                 error = error_from_rpc(e)
-                if not isinstance(error, Unavailable | DeadlineExceeded):
+                if not isinstance(error, Unavailable | DeadlineExceeded | Cancelled):
                     raise error from None
-                log.warning("tokenizer.call_failed", peer=info.instance_id, method=method, code=error.code)
-                self.peers.suspect(info, 1.0)
-        if isinstance(error, DeadlineExceeded) and deadline - time.monotonic() > 0:
+            except asyncio.CancelledError:
+                if was_cancelled():
+                    raise
+                error = Unavailable(f"tokenizer instance {info.instance_id} cancelled the call", retry_after_s=1)
+            log.warning("tokenizer.call_failed", peer=info.instance_id, method=method, code=error.code)
+            self.peers.suspect(info, 1.0)
+        if isinstance(error, DeadlineExceeded | Cancelled) and deadline - time.monotonic() > 0:
             error = Unavailable("the tokenizers do not answer", retry_after_s=2)
         raise error

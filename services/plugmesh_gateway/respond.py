@@ -39,10 +39,12 @@ def error_object(error: PlugmeshError, status: int | None = None) -> dict[str, A
 
 
 def error_headers(error: PlugmeshError) -> dict[str, str]:
-    """Retry-After and WWW-Authenticate where they belong."""
+    """Retry-After, WWW-Authenticate and Connection where they belong."""
     headers = {}
     if error.http_status in (429, 503):
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
+    if error.http_status in (408, 413):
+        headers["connection"] = "close"  # the rest of the body is not read
     if error.http_status == 401:
         headers["www-authenticate"] = "Bearer"
     return headers
