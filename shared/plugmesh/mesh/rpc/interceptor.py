@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import grpc
@@ -61,14 +61,16 @@ def _unary(inner: Any, method: str, traceparent: str) -> Any:
 
 
 def _streaming(inner: Any, method: str, traceparent: str) -> Any:
-    async def behavior(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
+    # A coroutine that writes rather than a generator: when the call is cancelled during a write, gRPC drops a generator
+    # without closing it, and its `finally` runs whenever the garbage collector comes by.
+    async def behavior(request: Any, context: grpc.aio.ServicerContext) -> None:
         trace.traceparent.set(traceparent)
         try:
             result = inner(request, context)
             if hasattr(result, "__aiter__"):
                 try:
                     async for message in result:
-                        yield message
+                        await context.write(message)
                 finally:
                     if hasattr(result, "aclose"):
                         await result.aclose()
