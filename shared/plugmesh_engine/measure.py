@@ -12,19 +12,19 @@ from plugmesh_engine.runner import Runner
 
 
 def measure_step_ms(runner: Runner, pool: BlockPool, vocab_size: int, num_prefill_tokens: int, num_decodes: int, kv_tokens: int) -> float:
-    """Wall time of a step of one chunk at the start of a prompt beside decodes that have `kv_tokens` each.
+    """Wall time of a step of one chunk beside decodes, the chunk and every decode having `kv_tokens` before them.
 
     Blocks are taken from the pool for the time of the call. Raises Overloaded when there are not enough.
     """
     taken: list[int] = []
     try:
         rows: list[Rows] = []
-        for length, computed in [(num_prefill_tokens, 0)] * (num_prefill_tokens > 0) + [(1, kv_tokens)] * num_decodes:
+        for length, computed in [(num_prefill_tokens, kv_tokens)] * (num_prefill_tokens > 0) + [(1, kv_tokens)] * num_decodes:
             start = len(taken)
             for _ in range(-(-(length + computed) // BLOCK_TOKENS)):
                 taken.append(pool.take())
             blocks = taken[start:]
-            rows.append(Rows([i % vocab_size for i in range(length)], computed, blocks, logits=computed > 0 or num_decodes == 0))
+            rows.append(Rows([i % vocab_size for i in range(length)], computed, blocks, logits=length == 1 or num_decodes == 0))
         if not rows:
             return 0.0
         began = time.perf_counter()

@@ -10,12 +10,14 @@ import hashlib
 import pathlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
 from plugmesh.types import ModelConfig
 from plugmesh_engine.engine import Engine
+from plugmesh_engine.model.llama import Llama
 from plugmesh_engine.requests import EngineRequest, StepOutput, TokenEvent
 from plugmesh_engine.weights import LoadedModel, load_model
 
@@ -108,6 +110,12 @@ def tiny_model(folder: pathlib.Path, dtype: str = "float32", seed: int = 0, **ch
     return load_model(write_manifest(folder, config, random_weights(config, seed), dtype), dtype)
 
 
+def model_in_memory(config: ModelConfig, weights: Mapping[str, np.ndarray], dtype: str = "float32", version: str = "in-memory") -> LoadedModel:
+    """A model over the arrays themselves, without a file; float32 ones are shared, not copied."""
+    tensors = {name: torch.from_numpy(array).to(getattr(torch, dtype)) for name, array in weights.items()}
+    return LoadedModel(Llama(config, tensors), config, version, dtype, "cpu", 0, sum(t.nbytes for t in tensors.values()))
+
+
 _GGUF_NAMES = {
     "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
@@ -130,7 +138,8 @@ def read_gguf(path: pathlib.Path | str, **changes: object) -> tuple[ModelConfig,
             name = f"model.layers.{parts[1]}.{_GGUF_NAMES[parts[2]]}.{parts[3]}"
         else:
             name = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}[parts[0]] + ".weight"
-        weights[name] = gguf.dequantize(t.data, t.tensor_type).reshape([int(n) for n in reversed(t.shape)])
+        values = gguf.dequantize(t.data, t.tensor_type).reshape([int(n) for n in reversed(t.shape)])
+        weights[name] = np.require(values, requirements="W")  # float32 ones would be views of the read-only file
     vocab_size, hidden_size = weights["model.embed_tokens.weight"].shape
     config = ModelConfig(
         architecture="llama", vocab_size=vocab_size, hidden_size=hidden_size, intermediate_size=int(str(get("llama.feed_forward_length"))),
@@ -141,6 +150,27 @@ def read_gguf(path: pathlib.Path | str, **changes: object) -> tuple[ModelConfig,
         bos_token_id=int(str(get("tokenizer.ggml.bos_token_id"))), eos_token_ids=(int(str(get("tokenizer.ggml.eos_token_id"))),), name="smollm2",
     )  # fmt: skip
     return dataclasses.replace(config, **changes), weights  # type: ignore[arg-type] # fields come by name
+
+
+def gguf_tokenizer(path: pathlib.Path | str) -> Any:
+    """A `tokenizers.Tokenizer` of a GGUF with SmolLM2's rules: digits one by one, then byte-level BPE."""
+    import gguf
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    fields = gguf.GGUFReader(str(path)).fields
+    vocabulary = {t: i for i, t in enumerate(fields["tokenizer.ggml.tokens"].contents())}
+    merges = [tuple(m.split(" ")) for m in fields["tokenizer.ggml.merges"].contents()]
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def english() -> str:
+    """Some 700,000 characters of English that every CPython carries: its documentation of keywords and topics."""
+    from pydoc_data.topics import topics
+
+    return "\n".join(topics[name] for name in sorted(topics))
 
 
 def run_to_end(engine: Engine, *requests: EngineRequest, max_steps: int = 10_000) -> dict[str, list[list[int]]]:
