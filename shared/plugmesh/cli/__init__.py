@@ -22,3 +22,4 @@ def main() -> None:
     except BrokenPipeError:  # `plugmesh status | head`
         sys.stderr.close()
         sys.exit(1)
+

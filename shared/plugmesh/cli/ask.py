@@ -111,6 +111,7 @@ def run_chat(
 
 async def _with_mesh(config_path: pathlib.Path | None, mesh: str | None, model: str | None, api_key: str | None, use: Any) -> int:
     """Calls `use(target, stop)` with the mesh that runs here, or with one that exists as long as the call."""
+    output.quiet_logs()
     stop = asyncio.Event()
     found = await _running_mesh(mesh)
     if found is not None and config_path is None:

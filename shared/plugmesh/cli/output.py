@@ -41,3 +41,10 @@ def seconds(value: float) -> str:
     if minutes < 60:
         return f"{minutes} min {rest} s"
     return f"{minutes // 60} h {minutes % 60} min"
+
+
+def quiet_logs() -> None:
+    """Events of the libraries that a command uses stay out of the terminal, errors excepted; services log to files."""
+    from plugmesh import logs
+
+    logs.configure("error")

@@ -27,6 +27,7 @@ def run_status(*, as_json: bool, mesh: str | None, config: pathlib.Path | None, 
         NotFound: No mesh runs here and no broker was named.
         Unavailable: The broker does not answer.
     """
+    output.quiet_logs()
     settings = configuration.load(config, overrides={"mesh.nats.url": nats} if nats else None)
     if settings.mesh.nats.url:
         broker = settings.mesh.nats
@@ -108,8 +109,8 @@ def _age(started_unix_s: float) -> str:
 
 
 def load_text(info: InstanceInfo) -> str:
-    """Load in few words: pairs of used and total become one, counts lose their prefix, zeros are left out."""
-    load = dict(info.load)
+    """Load in few words: pairs of used and total become one, counts lose their prefix, zeros and ports are left out."""
+    load = {k: v for k, v in info.load.items() if not k.endswith("_port")}
     parts = []
     for key in [k for k in load if k.endswith("_used") and k[:-5] + "_total" in load]:
         base = key[:-5]

@@ -16,7 +16,7 @@ from plugmesh import config as configuration
 from plugmesh import models
 from plugmesh.cli import display, output, pull
 from plugmesh.config import MeshConfig
-from plugmesh.errors import PlugmeshError
+from plugmesh.errors import AlreadyExists, ConfigError, PlugmeshError
 from plugmesh.supervisor.children import ChildEvent, ChildState
 from plugmesh.supervisor.launch import Launcher
 
@@ -31,6 +31,7 @@ def run_up(
     Raises:
         ConfigError: Before anything was started, or when a service refuses its configuration (everything is stopped again).
     """
+    output.quiet_logs()
     settings = load(config, port=port, nats=nats, model=model)
     fetch_model(settings)
     return asyncio.run(_up(settings, plain=plain, ready_timeout_s=ready_timeout_s))
@@ -93,8 +94,10 @@ async def _up(settings: MeshConfig, *, plain: bool, ready_timeout_s: float) -> i
                 await stop.wait()
             if not stop.is_set():
                 status = EXIT_FAILED
-        except PlugmeshError:
+        except PlugmeshError as e:
             status = EXIT_FAILED
+            if not isinstance(e, ConfigError | AlreadyExists):  # those two say all that is to be known
+                show_failure(launcher)
             raise
         finally:
             if status == EXIT_OK:

@@ -182,21 +182,24 @@ class Supervisor:
                 await self._changed.wait()
         self._changed.clear()
 
-    async def stop(self, drain_s: float) -> bool:
+    async def stop(self, drain_s: float, *, in_order: bool = True) -> bool:
         """Stops rank by rank: SIGTERM, up to `drain_s` seconds to drain, then SIGKILL. May be called once.
+
+        Args:
+            in_order: False stops all but the last rank (the broker) together: for a mesh that serves nothing yet.
 
         Returns:
             Whether every child ended by itself.
         """
         self._stopping.set()
         orderly = True
-        for rank in sorted({c.spec.stop_rank for c in self._children.values()}):
-            group = [c for c in self._children.values() if c.spec.stop_rank == rank]
+        ranks = sorted({c.spec.stop_rank for c in self._children.values()})
+        for wave in [{r} for r in ranks] if in_order else [set(ranks[:-1]), set(ranks[-1:])]:
+            group = [c for c in self._children.values() if c.spec.stop_rank in wave]
             for child in group:
                 if child.process is not None and child.process.returncode is None:
                     self._set(child, ChildState.STOPPING)
-                    # The group: what a service started should not be left out; services forward nothing themselves.
-                    spawn.signal_group(child.process, signal.SIGTERM)
+                    child.process.send_signal(signal.SIGTERM)  # the service alone: it still needs its own workers to drain
             tasks = [c.task for c in group if c.task is not None]
             if tasks:
                 _, late = await asyncio.wait(tasks, timeout=drain_s)

@@ -99,15 +99,21 @@ class Launcher:
         self._write(state="ready")
 
     async def stop(self) -> bool:
-        """Drains, stops and removes everything. True when nothing had to be killed."""
+        """Drains, stops and removes everything. True when nothing had to be killed.
+
+        A mesh that was not ready yet has nothing to drain: its processes get `STOP_MARGIN_S` and are then killed, which counts
+        as orderly.
+        """
+        served = self._run is not None and self._run.state == "ready"
         try:
             if self._run is not None:
                 self._write(state="stopping")
             if self._watcher is not None:
                 self._watcher.cancel()
                 await asyncio.gather(self._watcher, return_exceptions=True)
-            orderly = await self._supervisor.stop(self.config.mesh.drain_s + STOP_MARGIN_S)
-            return orderly and not self._killed
+            drain_s = self.config.mesh.drain_s if served else 0.0
+            orderly = await self._supervisor.stop(drain_s + STOP_MARGIN_S, in_order=served)
+            return (orderly or not served) and not self._killed
         finally:
             self._cleanup.close()
 
@@ -267,12 +273,14 @@ async def _ask(url: str, timeout_s: float) -> str:
 
 
 def _reason(lines: list[str]) -> str:
-    """The most telling of a child's last lines: what a structured line calls its error, else the last one."""
+    """The most telling of a child's last lines: its own closing word, else what a structured line calls its error, else the last."""
     for line in reversed(lines):
+        if line.startswith("plugmesh "):
+            return line.partition(": ")[2] or line
         try:
             event = json.loads(line)
         except ValueError:
             continue
         if isinstance(event, dict) and (text := event.get("error") or event.get("message") or event.get("reason")):
             return str(text)
-    return lines[-1].removeprefix("error: ") if lines else "it said nothing"
+    return lines[-1] if lines else "it said nothing"
