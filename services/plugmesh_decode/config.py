@@ -12,9 +12,9 @@ from plugmesh.config import ServiceSettings
 class Settings(ServiceSettings):
     """Settings of one decode instance; memory of the KV pool is num_kv_blocks times `KvLayout.block_bytes`."""
 
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    dtype: Literal["bfloat16", "float32"] = "float32"
     device: str = "cpu"
-    num_kv_blocks: int = pydantic.Field(2048, ge=8, le=1 << 20)
+    num_kv_blocks: int = pydantic.Field(1024, ge=8, le=1 << 20)
     max_num_sequences: int = pydantic.Field(64, ge=1, le=1024)
     max_tokens_per_step: int = pydantic.Field(512, ge=1, le=65536)
     max_model_len: int = pydantic.Field(0, ge=0)              # 0: the model's context length

@@ -12,9 +12,9 @@ from plugmesh.config import ServiceSettings
 class Settings(ServiceSettings):
     """Settings of one prefill instance. `dtype` must equal decode's, or no block can be shared."""
 
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    dtype: Literal["bfloat16", "float32"] = "float32"
     device: str = "cpu"
-    num_kv_blocks: int = pydantic.Field(1024, ge=8, le=1 << 20)
+    num_kv_blocks: int = pydantic.Field(512, ge=8, le=1 << 20)
     max_tokens_per_step: int = pydantic.Field(256, ge=1, le=65536)  # one chunk
     max_model_len: int = pydantic.Field(0, ge=0)
     max_jobs: int = pydantic.Field(8, ge=1, le=256)                 # taken from the queue and not yet done
