@@ -111,7 +111,7 @@ def write_hf(folder: Path, *, shards: int = 1, config: dict[str, Any] | None = N
     if shards == 1:
         safetensors.numpy.save_file(weights, folder / "model.safetensors")
         return folder
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i in range(shards):
         file = f"model-{i + 1:05}-of-{shards:05}.safetensors"
         part = dict(list(weights.items())[i::shards])
