@@ -68,6 +68,10 @@ class DecodeLinks:
         self._sinks.clear()
 
     @property
+    def num_unsent(self) -> int:
+        return sum(link.num_unsent for link in self._sinks)
+
+    @property
     def num_requests(self) -> int:
         return sum(len(s) for s in self._sinks.values())
 

@@ -15,7 +15,16 @@ from typing import Any
 
 import structlog
 
-from plugmesh.errors import Cancelled, DataLoss, DeadlineExceeded, InternalError, Overloaded, PlugmeshError, Unavailable
+from plugmesh.errors import (
+    Cancelled,
+    DataLoss,
+    DeadlineExceeded,
+    InternalError,
+    Overloaded,
+    PayloadTooLarge,
+    PlugmeshError,
+    Unavailable,
+)
 from plugmesh.mesh.api import Mesh
 from plugmesh.records import RouteRequest
 from plugmesh.types import FinishReason, InstanceInfo
@@ -32,6 +41,7 @@ from .text_links import TextLinks, TextSequence
 
 log = structlog.get_logger()
 
+_MAX_SUBMIT_BYTES = 240 * 1024  # a message of the bus holds 256 KiB
 _MODES = {
     "auto": decode_pb2.GenerateRequest.PREFILL_AUTO,
     "local": decode_pb2.GenerateRequest.PREFILL_LOCAL,
@@ -381,6 +391,10 @@ class Run:
             for s in self.sequences:
                 message.resume.add(
                     sequence=s.index, token_ids=s.tokens, finished=s.decode_reason is not None or s.finish_reason is not None)
+        if message.ByteSize() > _MAX_SUBMIT_BYTES:
+            # The bus would refuse it and with it the stream that all other requests share.
+            self.generation.end(PayloadTooLarge(f"the request has {message.ByteSize()} bytes, at most {_MAX_SUBMIT_BYTES} can be sent"))
+            return True
         info = next(i for i in candidates if i.instance_id == route.decode_instance)
         self._last_info = info
         self._link = engine.decode.submit(info, message, self)

@@ -9,7 +9,7 @@ import time
 
 import structlog
 
-from plugmesh.errors import AlreadyExists, Cancelled, PlugmeshError, Unavailable
+from plugmesh.errors import AlreadyExists, Cancelled, DeadlineExceeded, PlugmeshError, Unavailable
 from plugmesh.host import PluginHost
 from plugmesh.limits import check_sampling, check_token_ids, fit_context
 from plugmesh.mesh.api import Mesh
@@ -58,6 +58,8 @@ class Gateway:
         metrics.gauge("gateway_pending_tokens", "Prompt plus wanted tokens in flight", lambda: self.admission.num_tokens)
         metrics.gauge("gateway_buffered_events", "Events that clients have not taken yet",
                       lambda: sum(g.num_buffered for g in self._running.values() if g is not None))
+        metrics.gauge("gateway_unsent_messages", "Messages that decode and tokenizer instances have not taken yet",
+                      lambda: self.decode.num_unsent + self.texts.num_unsent)
         metrics.gauge("gateway_text_sequences", "Sequences open at tokenizer instances", lambda: self.texts.num_sequences)
         metrics.gauge("gateway_decode_requests", "Attempts open at decode instances", lambda: self.decode.num_requests)
 
@@ -107,18 +109,19 @@ class Gateway:
         self._running[wanted.request_id] = None
         ticket: Ticket | None = None
         try:
-            # 1. Is there anybody to serve it?
-            missing = self.missing_roles()
-            if missing:
-                raise Unavailable(f"no {' and no '.join(missing)} instance is ready", retry_after_s=2)
-            model, instances = await self.models.choose(wanted.model)
-            # 2. A place, in order of priority.
-            ticket = await self.admission.admit(len(wanted.prompts) * wanted.sampling.num_sequences, wanted.priority, deadline)
-            # 3. Token ids, and the checks that need the model.
-            prompts = await self._prepare(wanted, model, deadline)
-            echoes = await self._echoes(wanted, model, deadline)
-            num_tokens = sum(len(p.token_ids) + p.sampling.max_tokens * p.sampling.num_sequences for p in prompts)
-            await ticket.take_tokens(num_tokens, wanted.priority, deadline)
+            async with asyncio.timeout(deadline - arrived):
+                # 1. Is there anybody to serve it?
+                missing = self.missing_roles()
+                if missing:
+                    raise Unavailable(f"no {' and no '.join(missing)} instance is ready", retry_after_s=2)
+                model, instances = await self.models.choose(wanted.model)
+                # 2. A place, in order of priority.
+                ticket = await self.admission.admit(len(wanted.prompts) * wanted.sampling.num_sequences, wanted.priority, deadline)
+                # 3. Token ids, and the checks that need the model.
+                prompts = await self._prepare(wanted, model, deadline)
+                echoes = await self._echoes(wanted, model, deadline)
+                num_tokens = sum(len(p.token_ids) + p.sampling.max_tokens * p.sampling.num_sequences for p in prompts)
+                await ticket.take_tokens(num_tokens, wanted.priority, deadline)
             # 4. Route and run.
             held = ticket
             generation = Generation(
@@ -127,7 +130,8 @@ class Gateway:
             self._running[wanted.request_id] = generation
             generation.start(prompts, instances)
             return Accepted(generation, model, echoes)
-        except BaseException as e:
+        except BaseException as error:
+            e = DeadlineExceeded("the deadline passed before the request could start") if isinstance(error, TimeoutError) else error
             if ticket is not None:
                 ticket.release()
             if self._running.get(wanted.request_id) is None:
@@ -136,7 +140,7 @@ class Gateway:
                 self.refuse(wanted.request_id, wanted.route, e)
             elif isinstance(e, asyncio.CancelledError):
                 self.refuse(wanted.request_id, wanted.route, Cancelled("the client went away"))
-            raise
+            raise e from None
 
     def refuse(self, request_id: str, route: str, error: PlugmeshError) -> None:
         """Counts and logs a request that was turned away."""

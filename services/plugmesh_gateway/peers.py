@@ -39,7 +39,9 @@ class Peers:
             self._unwatch = None
 
     def live(self) -> list[InstanceInfo]:
-        """Ready instances that did not fail us within the last seconds."""
+        """Ready instances that did not fail us within the last seconds; none while the broker is away, since calls go over it."""
+        if not self.mesh.connected:
+            return []
         now = time.monotonic()
         found = []
         for info in self.mesh.instances(self.role):

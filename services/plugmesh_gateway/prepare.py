@@ -25,6 +25,7 @@ log = structlog.get_logger()
 
 _TRY_S = 5.0        # one attempt at a tokenizer; encoding takes milliseconds, so more means that it is stuck
 _MAX_TRIES = 4
+_PIECES_PER_CALL = 4096  # their bytes fit into one message of the bus
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,11 +170,12 @@ class Tokenizers:
         """The exact bytes of tokens, for log-probabilities; kept per model, so that most calls ask nobody."""
         known = self._pieces.setdefault(model.version or model.model, {})
         missing = sorted({t for t in token_ids if t not in known})
-        if missing:
+        for i in range(0, len(missing), _PIECES_PER_CALL):
             if len(self._pieces) > 64:
-                self._pieces.clear()
-            reply = await self._call("Decode", tokenizer_pb2.DecodeRequest(model=model.model, token_ids=missing), deadline)
-            known.update(zip(missing, reply.token_bytes, strict=True))
+                self._pieces = {model.version or model.model: known}
+            part = missing[i : i + _PIECES_PER_CALL]
+            reply = await self._call("Decode", tokenizer_pb2.DecodeRequest(model=model.model, token_ids=part), deadline)
+            known.update(zip(part, reply.token_bytes, strict=True))
         return known
 
     async def _call(self, method: str, message: Any, deadline: float) -> Any:

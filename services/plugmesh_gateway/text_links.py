@@ -20,6 +20,9 @@ from .peers import Peers
 
 log = structlog.get_logger()
 
+_FRAME_BYTES = 128 * 1024   # an estimate above which a frame leaves early; a message of the bus holds 256 KiB
+_REPLAY_TOKENS = 16384      # of one sequence in one frame
+
 
 class TextSink(Protocol):
     """One sequence whose text is wanted."""
@@ -57,6 +60,7 @@ class TextLinks:
         self._sequences: dict[Link, dict[int, TextSequence]] = {}
         self._waiting: dict[Link, dict[int, float]] = {}  # sequences that await an answer, and since when
         self._frames: dict[Link, tokenizer_pb2.DetokenizeFrame] = {}
+        self._frame_bytes: dict[Link, int] = {}
         self._watchdog: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -74,6 +78,10 @@ class TextLinks:
         await asyncio.gather(*(link.wait_closed() for link in links), return_exceptions=True)
         self._links.clear()
         self._sequences.clear()
+
+    @property
+    def num_unsent(self) -> int:
+        return sum(link.num_unsent for link in self._sequences)
 
     @property
     def num_sequences(self) -> int:
@@ -100,16 +108,19 @@ class TextLinks:
             self._sequences[link] = {}
             self._waiting[link] = {}
         sequence_id = next(self._ids)
-        sequence = self._sequences[link][sequence_id] = TextSequence(link, sequence_id, sink, len(replay))
-        self._frame(link).open.add(
-            sequence_id=sequence_id, model=model, stop=stop, skip_special_tokens=True, replay_token_ids=replay, num_delivered_chars=num_chars)
+        head = replay[:_REPLAY_TOKENS]
+        sequence = self._sequences[link][sequence_id] = TextSequence(link, sequence_id, sink, len(head))
+        self._frame(link, 64 + 4 * len(head) + sum(4 * len(s) for s in stop)).open.add(
+            sequence_id=sequence_id, model=model, stop=stop, skip_special_tokens=True, replay_token_ids=head, num_delivered_chars=num_chars)
+        for i in range(len(head), len(replay), _REPLAY_TOKENS):
+            self.add(sequence, replay[i : i + _REPLAY_TOKENS], False)
         return sequence
 
     def add(self, sequence: TextSequence, token_ids: Seq[int], is_final: bool) -> None:
         """Tokens of one sequence for the next frame."""
         link = sequence.link
         if sequence.sequence_id in self._sequences.get(link, ()):
-            self._frame(link).tokens.add(sequence_id=sequence.sequence_id, token_ids=token_ids, is_final=is_final)
+            self._frame(link, 16 + 4 * len(token_ids)).tokens.add(sequence_id=sequence.sequence_id, token_ids=token_ids, is_final=is_final)
             sequence.num_sent += len(token_ids)
             sequence.is_final_sent = is_final
             self._waiting[link].setdefault(sequence.sequence_id, time.monotonic())
@@ -118,17 +129,24 @@ class TextLinks:
         """Forgets a sequence here and there. A sequence that ended by itself needs no close."""
         link = sequence.link
         if self._forget(link, sequence.sequence_id):
-            self._frame(link).close.append(sequence.sequence_id)
+            self._frame(link, 8).close.append(sequence.sequence_id)
 
     def flush(self) -> None:
         """Sends what was added, one frame per tokenizer instance."""
         if self._frames:
             frames, self._frames = self._frames, {}
+            self._frame_bytes.clear()
             for link, frame in frames.items():
                 link.send(frame)
 
-    def _frame(self, link: Link) -> tokenizer_pb2.DetokenizeFrame:
+    def _frame(self, link: Link, num_bytes: int) -> tokenizer_pb2.DetokenizeFrame:
+        """The frame that is being filled for a link, with room for about `num_bytes` more."""
         frame = self._frames.get(link)
+        size = self._frame_bytes.get(link, 0) + num_bytes
+        if frame is not None and size > _FRAME_BYTES:
+            link.send(frame)
+            frame, size = None, num_bytes
+        self._frame_bytes[link] = size
         if frame is None:
             frame = self._frames[link] = tokenizer_pb2.DetokenizeFrame()
         return frame
@@ -167,6 +185,7 @@ class TextLinks:
         if self._links.get(link.info.instance_id) is link:
             del self._links[link.info.instance_id]
         self._frames.pop(link, None)
+        self._frame_bytes.pop(link, None)
         self._waiting.pop(link, None)
         sequences = self._sequences.pop(link)
         if cause != "drained":

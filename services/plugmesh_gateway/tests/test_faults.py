@@ -290,7 +290,7 @@ async def test_a_client_that_does_not_read_is_cut_off_and_holds_nothing(start):
     with socket.socket() as s:
         s.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         await asyncio.to_thread(s.connect, ("127.0.0.1", stack.service.http.port))
-        body = b'{"prompt": "x", "stream": true, "max_tokens": 100000}'
+        body = b'{"prompt": "x", "stream": true, "max_tokens": 100000, "logprobs": 20}'
         s.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
         await until(lambda: stack.value("plugmesh_gateway_slow_readers_total") == 1, 20)
         await until(lambda: stack.gateway.num_running == 0 and not decode.live)
@@ -444,3 +444,66 @@ async def test_one_closing_event_per_request_without_its_text(start):
     assert len(closing) == 1
     assert (closing[0]["outcome"], closing[0]["num_prompt_tokens"], closing[0]["num_generated_tokens"]) == ("stop", 13, 14)
     assert "secret" not in str(logs) and "Hello" not in str(logs)
+
+
+async def test_while_the_broker_is_away_new_requests_get_503_and_running_ones_wait(start):
+    stack, _, peers = await two_decodes(start, 10, stall_s=0.4)
+    pieces: list[str] = []
+    task = asyncio.create_task(stream_text(stack, pieces))
+    await until(lambda: len("".join(pieces)) == 10)
+    stack.mesh.connected = False
+    for p in peers:
+        p.servicer.is_silent = True
+    async with httpx.AsyncClient(base_url=stack.url) as http:
+        refused = await http.post("/v1/completions", json={"prompt": "x"})
+        health = await http.get("/health")
+    assert (refused.status_code, refused.headers["retry-after"], health.status_code) == (503, "2", 503)
+    await until(lambda: stack.value("plugmesh_gateway_migrated_total", cause="stalled") == 1)
+    assert sum(len(p.servicer.submits) for p in peers) == 1
+    for p in peers:
+        p.servicer.is_silent = False
+        p.servicer.pause_after = 10**9
+    stack.mesh.connected = True
+
+    assert (await task)[0] == TEXT
+    await until(stack.is_idle)
+
+
+async def test_a_request_too_large_for_the_bus_costs_itself_only(start):
+    stack = await start(peers=False)
+    await stack.tokenizer()
+    decode = (await stack.decode(say(TEXT))).servicer
+    decode.max_model_len = 10**6
+    decode.pause_after = 5
+    pieces: list[str] = []
+    other = asyncio.create_task(stream_text(stack, pieces))
+    await until(lambda: len("".join(pieces)) == 5)
+    async with httpx.AsyncClient(base_url=stack.url) as http:
+        reply = await http.post("/v1/completions", json={"prompt": [65] * 260000})
+    assert (reply.status_code, reply.json()["error"]["code"]) == (413, "payload_too_large")
+    decode.pause_after = 10**9
+    decode.poke()
+
+    assert (await other)[0] == TEXT
+    assert len(decode.submits) == 1
+
+
+async def test_replays_are_cut_into_frames_that_fit_the_bus(start, monkeypatch):
+    monkeypatch.setattr("plugmesh_gateway.text_links._REPLAY_TOKENS", 7)
+    monkeypatch.setattr("plugmesh_gateway.text_links._FRAME_BYTES", 100)
+    stack = await start(peers=False)
+    first = await stack.tokenizer()
+    decode = (await stack.decode(say(TEXT))).servicer
+    decode.pause_after = 33
+    pieces: list[str] = []
+    task = asyncio.create_task(stream_text(stack, pieces, n=2))
+    await until(lambda: decode.num_steps == 33)
+    await stack.mesh.kill(first)
+    second = await stack.tokenizer()
+    decode.pause_after = 10**9
+    decode.poke()
+    text, reasons, _ = await task
+
+    assert (sorted(text), reasons) == (sorted(TEXT * 2), ["stop"] * 2)
+    assert second.servicer.num_frames > 6
+    await until(stack.is_idle)
