@@ -441,6 +441,30 @@ async def test_a_malformed_commit_is_refused_and_changes_nothing(kit, layout, ch
     guard.close()
 
 
+async def test_two_writers_of_one_block_both_succeed_and_one_slot_goes_back(kit, layout, make_blocks):
+    store = await kit.store()
+    clients = [kit.client(layout, holder=h) for h in ("p", "q")]
+    blocks = make_blocks(layout, 8)
+    assert await asyncio.gather(*[c.put(blocks) for c in clients]) == [8, 8]
+    # And in the order that races make rare: both have reserved before the first commits.
+    one, two = [c._current for c in clients]
+    stub, wanted = stub_of(store), b"w" * 32
+    slots = []
+    for attachment in (one, two):
+        reply = await stub.Reserve(pb.ReserveRequest(lease_id=attachment.lease_id, block_ids=[wanted]))
+        attachment.write(reply.slots[0], 8192)[:] = bytes(8192)
+        slots.append(reply.slots[0])
+    assert slots[0] != slots[1]
+    for attachment, slot in zip((one, two), slots, strict=True):
+        commit = pb.CommitBlock(block_id=wanted, slot=slot, checksum=checksum(bytes(8192)), num_tokens=16, num_bytes=8192)
+        request = pb.CommitRequest(lease_id=attachment.lease_id, blocks=[commit])
+        assert [(await stub.Commit(request)).num_committed for _ in range(2)] == [1, 1]  # twice is harmless
+
+    assert store.core.audit().reserved == 0
+    assert store.core.used_bytes == 9 * 8192
+    assert_accounts(store)
+
+
 async def test_layouts_that_cannot_be_are_refused(kit, make_layout):
     import dataclasses
 

@@ -10,7 +10,16 @@ import tempfile
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    initialize,
+    invariant,
+    multiple,
+    rule,
+    run_state_machine_as_test,
+)
 
 from plugmesh.errors import StaleIncarnation
 from plugmesh.kv.guard import Guard, guard_path
@@ -26,6 +35,8 @@ DISK_SLOTS = 5
 TTL = 10.0
 # Two layouts of different block sizes share the arena; ids of one are never found in the other.
 LAYOUTS = [KvLayout("m", "raw", "float32", 1, 1, 32, 16, SLOT), KvLayout("n", "raw", "float32", 1, 1, 64, 16, 2 * SLOT)]
+RARELY = st.integers(0, 4)  # 0: now
+PUSHERS = [bytes([100 + i]) * 32 for i in range(ARENA_SLOTS)]
 IDS = [bytes([i]) * 32 for i in range(8)]
 
 
@@ -79,7 +90,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     # --- holders
 
-    @rule(target=holders, name=st.sampled_from("ab"), life=st.sampled_from([0, 0, 0, 1]), layout=st.sampled_from([*LAYOUTS[:1] * 3, LAYOUTS[1]]))
+    @rule(target=holders, name=st.sampled_from("ab"), life=st.sampled_from([0, 0, 0, 0, 0, 1]), layout=st.sampled_from([*LAYOUTS[:1] * 3, LAYOUTS[1]]))
     def attach(self, name, life, layout):
         try:
             lease = self.store.attach(layout, name, str(life), local=True)
@@ -153,9 +164,12 @@ class StoreMachine(RuleBasedStateMachine):
         for slot in holder.slots.values():
             self.scribble(holder, slot, b"\xee" * holder.layout.block_bytes)
 
-    @rule(holder=consumes(holders), polite=st.booleans())
-    def die(self, holder, polite):
+    @rule(holder=holders, polite=st.booleans(), rarely=RARELY)
+    def die(self, holder, polite, rarely):
         """Crash, or detach first. Either way nothing of it is left after one sweep."""
+        if rarely or holder not in self.all:
+            return
+        holder.pinned.clear()
         holder.slots.clear()
         holder.views.clear()
         holder.guard.close()
@@ -168,9 +182,11 @@ class StoreMachine(RuleBasedStateMachine):
         assert not holder.lease.pins
         assert not holder.lease.reserved
 
-    @rule(holder=holders)
-    def pause_beyond_the_lease(self, holder):
+    @rule(holder=holders, rarely=RARELY)
+    def pause_beyond_the_lease(self, holder, rarely):
         """Only this holder misses its renewals; it stays alive and keeps what it has mapped."""
+        if rarely or not (holder.slots or holder.views):
+            return
         self.now += TTL
         for other in self.all:
             if other is not holder:
@@ -242,6 +258,14 @@ class StoreMachine(RuleBasedStateMachine):
         assert (outcome == "known") == known
         assert (outcome != "full") == (block_id in partition.blocks)
 
+    @rule(target=loads, holder=holders)
+    def match_what_is_on_disk(self, holder):
+        if not self.live(holder):
+            return multiple()
+        partition = holder.lease.partition
+        away = [b for b in partition.blocks.values() if b.slot is None and not b.busy][:2]
+        return multiple(*[(b, slot) for b in away if (slot := self.store.begin_load(b)) is not None])
+
     @rule(target=spills, num=st.integers(1, 3))
     def begin_spill(self, num):
         return multiple(*self.store.begin_spill(num, 0.0))
@@ -260,9 +284,16 @@ class StoreMachine(RuleBasedStateMachine):
                     f.write(b"damage")
         self.store.end_spill(block, ok=ok)
 
-    @rule(rarely=st.integers(0, 3))
+    @rule(damage=st.booleans())
+    def spill_everything_and_push_it_out(self, damage):
+        for block in self.store.begin_spill(ARENA_SLOTS, 0.0):
+            self.finish_spill(block, True, damage)
+        for block_id in PUSHERS:
+            self.insert(LAYOUTS[0], block_id)
+
+    @rule(rarely=RARELY)
     def clear(self, rarely):
-        if rarely == 0:
+        if not rarely:
             self.store.clear()
 
     # --- what must hold
@@ -315,3 +346,8 @@ TestStoreMachine = pytest.mark.filterwarnings("ignore")(StoreMachine.TestCase)
 TestStoreMachine.settings = settings(
     max_examples=60, stateful_step_count=80, deadline=None, suppress_health_check=list(HealthCheck)
 )
+
+
+@pytest.mark.slow
+def test_the_model_holds_for_many_more_examples():
+    run_state_machine_as_test(StoreMachine, settings=settings(TestStoreMachine.settings, max_examples=1500))
