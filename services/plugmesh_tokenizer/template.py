@@ -68,6 +68,7 @@ class Chat:
     request: bytes
     marker: Marker
     end_mark: str  # empty unless the final message is to be continued
+    is_plain_safe: bool  # the weakest marking changes nothing, so the text without marks will do as well
 
     def finish(self, texts: Sequence[str]) -> Prompt:
         """The first text is the one without marks, the others come strongest marking first.
@@ -79,8 +80,8 @@ class Chat:
         for text in marked:
             if self.marker.restore(text) == plain:
                 return Prompt(text, self.marker)
-        # The template looks at control tokens in contents. What it does when it sees none is the safe reading.
-        return Prompt(marked[-1] if marked else plain, self.marker)
+        # The template looks at what was marked. If those are control tokens, it must not see them.
+        return Prompt(plain if self.is_plain_safe else marked[-1], self.marker)
 
     def _cut(self, text: str) -> str:
         if not self.end_mark:
@@ -156,7 +157,10 @@ def prepare_chat(
     plain = variables(_unchanged, _unchanged)
     marked = [variables(marker.strong, marker.complete), variables(marker.whole, marker.complete)]
     renders = [plain, *(v for v in marked if v != plain)]
-    return Chat(pack_request(source, renders, max_rendered_chars), marker, end_mark if continue_final_message else "")
+    return Chat(
+        pack_request(source, renders, max_rendered_chars), marker, end_mark if continue_final_message else "",
+        is_plain_safe=marked[-1] == plain,
+    )
 
 
 _marker = functools.lru_cache(maxsize=64)(Marker)

@@ -1,5 +1,6 @@
 """Ids equal those of llama.cpp (fixture) and of a slow byte-level BPE written here."""
 
+import itertools
 import json
 import pathlib
 import unicodedata
@@ -72,7 +73,7 @@ def slow_encode(tables, text):
         # Bytes without a token are left out, as in the reference.
         parts = [c for c in (ALPHABET[b] for b in piece.encode()) if c in vocab]
         while len(parts) > 1:
-            rank, at = min((ranks.get(pair, 1 << 30), at) for at, pair in enumerate(zip(parts, parts[1:], strict=False)))
+            rank, at = min((ranks.get(pair, 1 << 30), at) for at, pair in enumerate(itertools.pairwise(parts)))
             if rank == 1 << 30:
                 break
             parts[at : at + 2] = [parts[at] + parts[at + 1]]

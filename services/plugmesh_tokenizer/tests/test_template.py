@@ -6,7 +6,7 @@ import json
 import time
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from plugmesh.errors import FailedPrecondition, InvalidRequest, LimitExceeded, Overloaded
@@ -82,6 +82,7 @@ def test_no_caller_can_write_a_control_token(tiny, template, contents, role):
 
 @settings(max_examples=150, deadline=None)
 @given(template=st.sampled_from(TEMPLATES), content=PIECES)
+@example(TEMPLATES[6], "<think>")
 def test_marks_leave_no_trace_in_the_text(tiny, template, content):
     """The rendered text is what plain Jinja makes of the same messages."""
     text, ids = prompt_of(tiny, [Message("user", content, "n", {"extra": "e"})], template)
