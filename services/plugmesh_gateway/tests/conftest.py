@@ -141,6 +141,8 @@ class ScriptedDecode(decode_pb2_grpc.DecodeServicer):
         self.is_silent = False
         self.error: PlugmeshError | None = None
         self.max_model_len = 4096
+        self.model = "tiny"
+        self.eos = EOS
         self.token_delay_s = 0.0
         self.top = 0
         self.changed = asyncio.Event()
@@ -152,7 +154,7 @@ class ScriptedDecode(decode_pb2_grpc.DecodeServicer):
     async def Status(self, request, context):
         while self.is_silent:
             await asyncio.sleep(0.02)
-        return decode_pb2.DecodeStatus(model="tiny", weight_version="v1", max_model_len=self.max_model_len, num_steps=self.num_steps,
+        return decode_pb2.DecodeStatus(model=self.model, weight_version="v1", max_model_len=self.max_model_len, num_steps=self.num_steps,
                                        num_running=len(self.live))
 
     async def Session(self, commands, context):
@@ -202,13 +204,13 @@ class ScriptedDecode(decode_pb2_grpc.DecodeServicer):
                         k = counts[rid][i]
                         if k >= self.pause_after or self.is_silent:
                             continue
-                        token = ids[k] if k < len(ids) else EOS
+                        token = ids[k] if k < len(ids) else self.eos
                         info = common_pb2.TokenInfo(token_id=token, logprob=-0.5 if r.sampling.logprobs else 0.0)
                         for a in range(r.sampling.top_logprobs):
                             info.top.add(token_id=(token + a) % 256, logprob=-0.5 - a)
                         row = frame.rows.add(request_id=rid, sequence=i, index=k, tokens=[info])
                         counts[rid][i] = k + 1
-                        if (token == EOS and not r.sampling.ignore_eos) or token in r.sampling.stop_token_ids:
+                        if (token == self.eos and not r.sampling.ignore_eos) or token in r.sampling.stop_token_ids:
                             row.finish_reason = common_pb2.FINISH_REASON_STOP
                         elif k + 1 >= r.sampling.max_tokens:
                             row.finish_reason = common_pb2.FINISH_REASON_LENGTH
