@@ -7,6 +7,7 @@ import http.client
 import json
 import re
 import subprocess
+import threading
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -98,19 +99,43 @@ def containers(project: str) -> dict[str, dict[str, Any]]:
     return found
 
 
-def seconds_to_healthy(project: str, since: float) -> dict[str, float]:
-    """From each container's start to its first "healthy", by service, for what happened since that UNIX time."""
-    events = docker_json(
-        "events", "--since", f"{since:.0f}", "--until", f"{time.time():.0f}", "--filter", f"label=com.docker.compose.project={project}",
-        "--filter", "event=health_status", "--format", "{{json .}}",
-    )  # fmt: skip
-    found: dict[str, float] = {}
-    started = {item["Id"]: (service, when(item["State"]["StartedAt"]).timestamp()) for service, item in containers(project).items()}
-    for event in events:
-        if event["status"].endswith(": healthy") and event["id"] in started:
-            service, start = started[event["id"]]
-            found.setdefault(service, round(event["timeNano"] / 1e9 - start, 1))
-    return found
+class HealthWatch:
+    """Notes when containers of a project become healthy, from the engine's events while the context is open.
+
+    The engine keeps only the last 256 events, and health checks make many, so asking afterwards is too late.
+    """
+
+    def __init__(self, project: str) -> None:
+        self._project = project
+        self._lines: list[str] = []
+
+    def __enter__(self) -> HealthWatch:
+        self._child = subprocess.Popen(
+            ["docker", "events", "--filter", f"label=com.docker.compose.project={self._project}", "--filter", "event=health_status",
+             "--format", "{{json .}}"], stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._child.terminate()
+        self._child.wait(10)
+        self._reader.join(10)
+
+    def _read(self) -> None:
+        assert self._child.stdout is not None
+        self._lines.extend(self._child.stdout)
+
+    def seconds(self) -> dict[str, float]:
+        """From each container's start to its first "healthy", by service."""
+        started = {item["Id"]: (service, when(item["State"]["StartedAt"]).timestamp()) for service, item in containers(self._project).items()}
+        found: dict[str, float] = {}
+        for event in map(json.loads, self._lines):
+            if event["status"].endswith(": healthy") and event["id"] in started:
+                service, start = started[event["id"]]
+                found.setdefault(service, round(event["timeNano"] / 1e9 - start, 1))
+        return found
 
 
 def when(text: str) -> datetime.datetime:

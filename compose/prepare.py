@@ -226,7 +226,8 @@ def fetch_model(name: str = "smollm2") -> pathlib.Path:
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "shared")}
     if any(importlib.util.find_spec(module) is None for module in ("structlog", "grpc", "pydantic")):
         python = tools_folder() / "python"
-        _tool_pip("install", "--find-links", str(WHEELHOUSE), *_requirements())
+        if not succeeds([python, "-c", "import structlog, grpc, pydantic"]):
+            _tool_pip("install", "--find-links", str(WHEELHOUSE), *_requirements())
     found = run([python, "-c", script, name, BUILD / "cache"], env=environment, stdout=subprocess.PIPE).stdout.strip().splitlines()[-1]
     source = pathlib.Path(found)
     target = MODELS / source.name

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import re
 import secrets
 import shutil
 import socket
@@ -86,15 +87,22 @@ def run(project: str, *, host_wheels: bool, keep: bool) -> Result:
         })  # fmt: skip
         stack.key = (secrets_folder / "api_key").read_text()
         timed(figures, "build_s", lambda: stack.compose("build", stdout=sys.stderr, timeout_s=3600))
-        began = time.time()
         try:
-            timed(figures, "up_to_all_healthy_s", lambda: start(stack))
-            use(stack, result, began)
+            with measure.HealthWatch(project) as watch:
+                timed(figures, "up_to_all_healthy_s", lambda: start(stack))
+            figures["start_to_healthy_s"] = watch.seconds()
+            use(stack, result)
         except BaseException:
             stack.compose("logs", "--tail", "40", stdout=sys.stderr)
             raise
         finally:
             if not keep:
+                timed(figures, "stop_s", lambda: stack.compose("stop", "--timeout", "30", stdout=sys.stderr))
+                result.checks["every service ends by itself when asked to"] = problems(
+                    f"{name} ended with status {item['State']['ExitCode']}"
+                    for name, item in measure.containers(project).items()
+                    if name in PLUGMESH_SERVICES and item["State"]["ExitCode"] != 0
+                )
                 timed(figures, "down_s", lambda: stack.compose("down", "--volumes", "--remove-orphans", "--timeout", "20", stdout=sys.stderr))
         if not keep:
             result.checks["nothing is left behind"] = left_over(project)
@@ -108,11 +116,10 @@ def start(stack: Stack) -> None:
     stack.compose("up", "--detach", "--wait", "--wait-timeout", "300", stdout=sys.stderr)
 
 
-def use(stack: Stack, result: Result, began: float) -> None:
+def use(stack: Stack, result: Result) -> None:
     """Everything that is asked of the running stack."""
     figures, checks = result.figures, result.checks
     found = measure.containers(stack.project)
-    figures["start_to_healthy_s"] = measure.seconds_to_healthy(stack.project, began)
     checks["every service has a healthy container"] = problems(
         f"{name} is {found[name]['State'].get('Health', {}).get('Status', 'without a check') if name in found else 'missing'}"
         for name in ALL_SERVICES
@@ -123,7 +130,7 @@ def use(stack: Stack, result: Result, began: float) -> None:
     checks["the stream ends with a reason and usage"] = (
         "" if first.finish_reason in ("stop", "length") and first.usage.get("completion_tokens", 0) > 0 else f"{first.finish_reason!r}, {first.usage}"
     )
-    warm = [measure.chat(stack.port, stack.key, f"{PROMPT} Answer {n}.", max_tokens=64) for n in range(3)]
+    warm = [measure.chat(stack.port, stack.key, f"Write a story about {what}.", max_tokens=64) for what in ("a dog", "the sea", "two friends")]
     figures["first_chat"] = {"ttft_s": round(first.ttft_s, 3), "total_s": round(first.total_s, 3), "usage": first.usage}
     figures["later_chats"] = [
         {"ttft_s": round(a.ttft_s, 3), "tokens_per_s": round((a.usage.get("completion_tokens", 1) - 1) / max(a.total_s - a.ttft_s, 1e-9), 1)} for a in warm
@@ -131,6 +138,8 @@ def use(stack: Stack, result: Result, began: float) -> None:
     long = measure.chat(stack.port, stack.key, "Count the letters. " * 150 + PROMPT, max_tokens=8)
     figures["long_prompt"] = {"ttft_s": round(long.ttft_s, 3), "prompt_tokens": long.usage.get("prompt_tokens")}
     checks["a long prompt is answered"] = "" if long.status == 200 and long.text else f"status {long.status}: {long.text[:300]!r}"
+    figures["prefills"] = prefills(stack)
+    checks["prompts were computed in the prefill container"] = "" if figures["prefills"].get("remote") else str(figures["prefills"])
     status, body = measure.get(stack.port, "/v1/models", stack.key)
     checks["the model is listed"] = "" if status == 200 and json.loads(body).get("data") else f"status {status}: {body[:200]}"
     checks["a chat without a key is refused with 401"] = expect(401, measure.chat(stack.port, "", PROMPT).status)
@@ -155,6 +164,13 @@ def use(stack: Stack, result: Result, began: float) -> None:
 def has_module(stack: Stack, service: str, module: str) -> bool:
     out = stack.inside(service, "python", "-c", f"import importlib.util; print(importlib.util.find_spec({module!r}) is not None)")
     return out.strip() == "True"
+
+
+def prefills(stack: Stack) -> dict[str, int]:
+    """Prompts by where they were computed, as the decode container counts them."""
+    script = "import urllib.request as u; print(u.urlopen('http://127.0.0.1:9100/metrics', timeout=5).read().decode())"
+    found = re.findall(r'(?m)^plugmesh_decode_prefills_total\{mode="(\w+)"\} (\S+)$', stack.inside("decode", "python", "-c", script))
+    return {mode: int(float(count)) for mode, count in found}
 
 
 def published(found: dict[str, dict[str, Any]]) -> str:

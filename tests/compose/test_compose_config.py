@@ -8,6 +8,7 @@ import importlib.util
 import os
 import pathlib
 import re
+import shlex
 import shutil
 import stat
 import subprocess
@@ -24,7 +25,7 @@ import yaml
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from plugmesh import config as plugmesh_config
-from plugmesh.mesh import subjects
+from plugmesh.mesh import broker, subjects
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 COMPOSE = ROOT / "compose"
@@ -60,13 +61,15 @@ def targets() -> dict[str, str]:
     return {re.match(r"\S+ AS (\S+)", stage).group(1): stage for stage in stages}  # type: ignore[union-attr]
 
 
-def extras_of(target: str) -> list[str] | None:
-    """The extras that a service image installs; None for an image without an environment of its own."""
-    copied = re.search(r"COPY --from=(\S+-env)", targets()[target])
-    if copied is None:
-        return None
-    words = re.search(r"RUN plugmesh-install (.+)", targets()[copied.group(1)]).group(1).split()  # type: ignore[union-attr]
-    return None if words[0].startswith("--") else words
+def extras_of(target: str) -> list[str]:
+    """The extras whose requirements a service image installs."""
+    copied = re.search(r"COPY --from=(\S+)-env", targets()[target])
+    assert copied is not None
+    file = re.search(r"RUN plugmesh-install /build/(\S+)\.txt", targets()[f"{copied.group(1)}-env"])
+    assert file is not None
+    sets = re.search(r"for set in (.+); do", targets()["requirements"])
+    assert sets is not None
+    return next(words.split() for words in shlex.split(sets.group(1)) if words.split()[0] == file.group(1))
 
 
 def role_of(service: str) -> str | None:
@@ -85,9 +88,7 @@ def test_every_service_of_the_mesh_has_one_container_that_runs_it():
 
 @pytest.mark.parametrize("service", plugmesh_config.SERVICE_NAMES)
 def test_only_the_engine_image_installs_torch(service):
-    extras = extras_of(SERVICES[service]["build"]["target"])
-    assert extras is not None
-    wanted = requirements.requirements(ROOT / "pyproject.toml", extras)
+    wanted = requirements.requirements(ROOT / "pyproject.toml", extras_of(SERVICES[service]["build"]["target"]))
 
     assert any(SHIPPED.search(line) for line in wanted) == (service in ("prefill", "decode"))
 
@@ -109,6 +110,13 @@ def test_the_broker_is_given_the_permissions_that_the_subjects_imply():
     assert 'include "authorization.conf"' in (COMPOSE / "nats" / "nats.conf").read_text()
     assert "COPY compose/nats/ /etc/nats/" in targets()["nats"]
     assert prepare.roles() == subjects.roles()
+
+
+def test_the_broker_takes_messages_as_large_as_the_embedded_one_does():
+    limit = re.search(r"max_payload: (\d+)", (COMPOSE / "nats" / "nats.conf").read_text())
+
+    assert limit is not None
+    assert int(limit.group(1)) == broker.MAX_PAYLOAD_BYTES
 
 
 def test_the_broker_accepts_its_configuration_with_the_generated_passwords(tmp_path):
