@@ -161,7 +161,7 @@ class Kit:
         return SimpleNamespace(service=service, mesh=mesh, server=server, stop=stop, registry=context.metrics, core=service.store)
 
     def client(self, layout, holder="decode-1", incarnation="a", **kwargs):
-        mesh = FakeMesh(self.bus)
+        mesh = FakeMesh(self.bus, instance_id="test")
         client = KvClient(mesh, layout, holder=holder, incarnation=incarnation, **{"strict": True} | kwargs)
         self._stack.push_async_callback(mesh.close)
         self._stack.push_async_callback(client.close)

@@ -3,21 +3,68 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import sys
 
 import pytest
 
 from plugmesh import wire
+from plugmesh.config import dump_json
 from plugmesh.kv import KvClient, KvIndex
+from plugmesh.mesh.real import RealMesh
 from plugmesh.testing.local_mesh import LocalMesh
 from plugmesh_kvstore.config import Settings
 from plugmesh_kvstore.service import create
 from plugmesh_proto.v1 import kvstore_pb2 as pb
 from plugmesh_proto.v1 import kvstore_pb2_grpc
 
+pytest_plugins = ["plugmesh.testing.nats"]
+
 
 def settings(tmp_path, name, **changes):
     defaults = {"arena_dir": tmp_path / "arena", "disk_dir": tmp_path / name, "arena_bytes": 1 << 20, "disk_bytes": 4 << 20}
     return Settings(**defaults | {"sweep_s": 0.05} | changes)
+
+
+@pytest.mark.nats
+async def test_a_process_of_its_own_serves_over_a_real_broker_and_leaves_nothing(broker, broker_config, tmp_path, layout, make_blocks, eventually):
+    config = broker_config("kvstore", data_dir=str(tmp_path / "data"))
+    service = {"arena_dir": str(tmp_path / "arena"), "arena_bytes": 1 << 20, "instance_id": "kv-1"}
+    config = config.model_copy(update={"services": {"kvstore": service}})
+    env = os.environ | {"PLUGMESH_CONFIG_JSON": dump_json(config), "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "plugmesh_kvstore", env=env, stderr=(tmp_path / "log").open("wb")
+    )
+    try:
+        async with await RealMesh.connect(broker_config("decode"), "decode", instance_id="decode-1") as mesh:
+            await eventually(lambda: mesh.instances("kvstore"), 30.0)
+            index = KvIndex(mesh)
+            await index.start()
+            clients = [
+                KvClient(mesh, layout, holder=h, incarnation="i", strict=True, allow_arena=a, rpc_timeout_s=10.0)
+                for h, a in (("decode-1", True), ("other", False))
+            ]
+            try:
+                for seed, client in enumerate(clients):
+                    blocks = make_blocks(layout, 20, seed=seed)
+                    ids = [b[0] for b in blocks]
+                    assert await client.put(blocks) == 20
+                    refs = await client.match(ids)
+                    assert [bytes(r.data) for r in refs] == [b[3] for b in blocks]
+                    await client.release(refs)
+                    await eventually(lambda ids=ids: index.prefix(ids) == {"kv-1": 20}, 15.0)
+            finally:
+                await index.close()
+                for client in clients:
+                    await client.close()
+        process.terminate()
+        assert await asyncio.wait_for(process.wait(), 20) == 0
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+    assert not (tmp_path / "arena").exists()
 
 
 @pytest.mark.parametrize("allow_arena", [True, False])

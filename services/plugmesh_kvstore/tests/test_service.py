@@ -273,6 +273,23 @@ async def test_a_newer_incarnation_fences_the_older_for_good(kit, layout, make_b
     assert store.core.counters.fenced == 1
 
 
+async def test_a_holder_that_got_a_new_incarnation_from_discovery_goes_on_under_it(kit, layout, make_blocks):
+    import dataclasses
+
+    store = await kit.store()
+    client = kit.client(layout, holder="test")
+    blocks = make_blocks(layout, 2)
+    assert await client.put(blocks) == 2
+    refs = await client.match(ids_of(blocks))
+    client._mesh.self_info = dataclasses.replace(client._mesh.self_info, incarnation="later")
+    kit.bus.tell("updated", client._mesh.self_info)
+
+    assert len(store.core.leases) == 0
+    assert len(await client.match(ids_of(blocks))) == 2
+    assert [x.incarnation for x in store.core.leases] == ["later"]
+    assert [bytes(r.data) for r in refs] == [b[3] for b in blocks]
+
+
 async def test_a_lease_that_is_not_renewed_ends_and_fences_its_writes(kit, layout, eventually):
     store = await kit.store(lease_ttl_s=0.2)
     stub = stub_of(store)

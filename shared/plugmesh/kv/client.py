@@ -62,7 +62,9 @@ class KvClient:
     copies and checksums run on its default executor. Every method returns within a few `rpc_timeout_s`.
 
     Args:
-        holder, incarnation: This instance, as discovery knows it; a newer incarnation fences this one.
+        holder, incarnation: This instance, as discovery knows it; a newer incarnation fences this one. When the
+            holder is the mesh's own instance and discovery gave it a new incarnation (its lease had lapsed), later
+            leases are taken under that one; what the earlier leases held is lost.
         store_instance: Which store; default one on this host, else any.
         verify_on_read: Check every block's checksum at `match`; a bad block is a miss.
         strict: Raise instead of returning a miss. For tests and tools.
@@ -101,7 +103,7 @@ class KvClient:
         self._renewer: asyncio.Task[None] | None = None
         self._not_before = 0.0
         self._backoff_s = _BACKOFF_S[0]
-        self._fenced = False
+        self._fenced = ""  # the incarnation of ours that the store does not accept any more
         self._closed = False
 
     # --- what callers use -----------------------------------------------------------------------------------------
@@ -359,7 +361,7 @@ class KvClient:
                 if self._current.usable:
                     return self._current
                 self._retire(self._current)
-            if self._fenced:
+            if self._fenced == self._incarnation_now():
                 raise StaleIncarnation("a newer incarnation of this holder is attached")
             if time.monotonic() < self._not_before:
                 raise Unavailable("the store failed a moment ago", retry_after_s=self._not_before - time.monotonic())
@@ -369,7 +371,7 @@ class KvClient:
                 self._current = await self._attach()
             except PlugmeshError as e:
                 if isinstance(e, StaleIncarnation):
-                    self._fenced = True
+                    self._fenced = self._incarnation_now()
                     log.error("kv.fenced", holder=self._holder)
                 self._back_off()
                 raise
@@ -381,7 +383,7 @@ class KvClient:
         info = self._choose()
         wants_arena = self._allow_arena and info.incarnation not in self._arena_unreachable
         request = pb.AttachRequest(
-            layout=wire.layout_to_pb(self.layout), holder=self._holder, incarnation=self._incarnation,
+            layout=wire.layout_to_pb(self.layout), holder=self._holder, incarnation=self._incarnation_now(),
             host=host_id() if wants_arena else "",
         )
         asked = time.monotonic()
@@ -407,6 +409,10 @@ class KvClient:
         self._not_before, self._backoff_s = 0.0, _BACKOFF_S[0]
         log.info("kv.attached", store=info.instance_id, arena=attachment.is_local)
         return attachment
+
+    def _incarnation_now(self) -> str:
+        me = self._mesh.self_info
+        return me.incarnation if me.instance_id == self._holder else self._incarnation
 
     def _choose(self) -> InstanceInfo:
         infos = sorted(self._mesh.instances(ROLE), key=lambda i: i.instance_id)
@@ -502,7 +508,7 @@ class KvClient:
                 return await work()
             except PlugmeshError as e:
                 error = e
-                if not isinstance(e, StaleIncarnation) or self._fenced or attempt == 2:
+                if not isinstance(e, StaleIncarnation) or self._fenced == self._incarnation_now() or attempt == 2:
                     break
         self._count(error, "kv")
         if self._strict:
