@@ -35,10 +35,11 @@ async def test_throughput_of_a_prompt(kit, layout, make_blocks):
             assert data == [b[3] for b in blocks]
             del data
             await client.release(refs)
-        put_s, read_s = statistics.median(puts[1:]), statistics.median(reads[1:])
-        print(
-            f"\n{layout.dtype} {name}: {megabytes:.1f} MB  put {megabytes / put_s:.0f} MB/s ({put_s * 1e3:.1f} ms)"
-            f"  match+read {megabytes / read_s:.0f} MB/s ({read_s * 1e3:.1f} ms)"
-            f"  all {megabytes / (put_s + read_s):.0f} MB/s"
-        )
+        for label, pick in (("median", statistics.median), ("best", min)):
+            put_s, read_s = pick(puts[1:]), pick(reads[1:])
+            print(
+                f"\n{layout.dtype} {name} {label} of 6: {megabytes:.1f} MB  put {megabytes / put_s:.0f} MB/s ({put_s * 1e3:.1f} ms)"
+                f"  match+read {megabytes / read_s:.0f} MB/s ({read_s * 1e3:.1f} ms)"
+                f"  all {megabytes / (put_s + read_s):.0f} MB/s"
+            )
         await client.close()
