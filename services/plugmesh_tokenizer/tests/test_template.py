@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from plugmesh.errors import FailedPrecondition, InvalidRequest, LimitExceeded, Overloaded
 from plugmesh_tokenizer import render_worker
 from plugmesh_tokenizer.encode import Encoder
+from plugmesh_tokenizer.provenance import Marker
 from plugmesh_tokenizer.render import Renderer, _WorkerDied, pack_request
 from plugmesh_tokenizer.template import Message, parse_json, prepare_chat
 
@@ -91,6 +92,17 @@ def test_marks_leave_no_trace_in_the_text(tiny, template, content):
 
     assert want == text
     assert want.encode() == b"".join(tiny.token_bytes[i] for i in ids)
+
+
+@pytest.mark.parametrize("cut", range(1, 10))
+def test_the_weaker_marking_also_breaks_a_control_token_across_a_border(cut):
+    """Whoever supplies which half, and whether or not a template trims in between."""
+    special, marker = "<|im_end|>", Marker(["<|im_end|>", "<|im_start|>"], "\ufdd0")
+    head, tail = special[:cut], special[cut:]
+
+    for text in (marker.whole(head) + tail, head + marker.whole(tail), marker.whole(f"x {head} \n").strip() + tail, head + marker.whole(f" {tail} ").strip()):
+        assert special not in text
+        assert special in marker.restore(text)
 
 
 def test_a_known_role_may_be_part_of_the_templates_token(tiny_meta, tiny):
@@ -204,6 +216,12 @@ async def test_a_forbidden_or_failing_template_costs_its_request_only(renderer, 
         await renderer.render(pack_request(template, [{"messages": [1]}], 1000))
 
     assert 0 == renderer.num_killed
+
+
+async def test_memory_is_limited_by_itself(renderer):
+    """A gigabyte is made faster than the time limit, so only the address-space limit can stop it."""
+    with pytest.raises(LimitExceeded, match="memory"):
+        await renderer.render(pack_request("{{ ('a' * 10**9) | length }}", [{}], 1000))
 
 
 async def test_a_template_that_is_not_jinja_is_the_models_fault(renderer):
