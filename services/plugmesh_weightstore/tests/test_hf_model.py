@@ -186,7 +186,7 @@ def test_any_damage_to_a_folder_is_a_typed_error(make_hf: Callable[..., Path]) -
     files = {p: p.read_bytes() for p in sorted(folder.iterdir())}
     edits = st.lists(st.tuples(st.integers(0, 3000), st.binary(min_size=1, max_size=6)), max_size=4)
 
-    @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
     @given(st.sampled_from(sorted(files)), edits, st.one_of(st.none(), st.integers(0, 5000)))
     def damage(path: Path, changes: list[tuple[int, bytes]], cut: int | None) -> None:
         data = bytearray(files[path])
@@ -205,7 +205,7 @@ def test_any_damage_to_a_folder_is_a_typed_error(make_hf: Callable[..., Path]) -
     damage()
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.recursive(st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5)), lambda c: st.lists(c, max_size=3), max_leaves=3),
        st.sampled_from(["vocab_size", "hidden_size", "num_attention_heads", "head_dim", "rope_theta", "rope_scaling", "rope_parameters", "sliding_window",
                         "eos_token_id", "bos_token_id", "tie_word_embeddings", "model_type", "mlp_bias", "attention_bias", "quantization_config"]))  # fmt: skip
