@@ -31,7 +31,7 @@ class Settings(ServiceSettings):
     stall_s: float = pydantic.Field(10.0, gt=0)                   # without frames and without an answer to probes: suspect
     hang_s: float = pydantic.Field(60.0, gt=0)                    # answers probes, has running sequences, but makes no step
     recovery_wait_s: float = pydantic.Field(30.0, ge=0)           # a running request waits this long for another instance
-    max_attempts: int = pydantic.Field(8, ge=1)                   # decode or tokenizer instances tried for one request
+    max_attempts: int = pydantic.Field(8, ge=1)                   # failures in a row, without a token, that end a request
 
     # Slow readers.
     max_buffered_events: int = pydantic.Field(4096, ge=1)         # per request, not yet taken by its client

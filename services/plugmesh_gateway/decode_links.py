@@ -106,6 +106,7 @@ class DecodeLinks:
         sinks = self._sinks.get(link)
         if sinks is None:
             return
+        self.peers.trust(link.info)
         for row in frame.rows:
             sink = sinks.get(row.request_id)
             if sink is None:

@@ -226,7 +226,8 @@ class Run:
         self._link: Link | None = None
         self._last_info: InstanceInfo | None = None
         self._is_routed = False
-        self._text_losses = 0
+        self._failures = 0          # attempts that failed since the last row
+        self._text_losses = 0       # and tokenizers since the last text
         self._tasks: set[asyncio.Task[None]] = set()
         self._texts_wanted = False
 
@@ -301,6 +302,7 @@ class Run:
         if sequence.text is not None:
             self.engine.texts.add(sequence.text, ids, reason is not None)
         if num_new:
+            self._failures = 0
             self.engine.router.progress(self.request.request_id, num_new)
         return True
 
@@ -312,7 +314,7 @@ class Run:
     def _on_decode_error(self, error: PlugmeshError) -> None:
         self._drop_attempt()
         # Others may have room, or are not shutting down.
-        if isinstance(error, Unavailable | Overloaded) and self.attempt < self.engine.settings.max_attempts:
+        if isinstance(error, Unavailable | Overloaded):
             link_info = self._last_info
             others = [i for i in self._candidates() if link_info is None or i.instance_id != link_info.instance_id]
             if others or isinstance(error, Unavailable):
@@ -327,9 +329,10 @@ class Run:
         self._drop_attempt()
         if all(s.decode_reason is not None or s.finish_reason is not None for s in self.sequences):
             return  # only texts are missing
-        if self.attempt >= self.engine.settings.max_attempts:
+        self._failures += 1
+        if self._failures >= self.engine.settings.max_attempts:
             self.generation.end(error if isinstance(error, Unavailable) else Unavailable(
-                f"the request failed on {self.attempt} decode instances", retry_after_s=1))
+                f"the request failed {self._failures} times in a row at decode instances", retry_after_s=1))
             return
         self.generation.num_migrations += 1
         self.engine.metrics.migrated.labels(cause).inc()
@@ -417,6 +420,7 @@ class Run:
             log.warning("tokenizer.sequence_failed", request_id=self.request.request_id)
             self.generation.end(InternalError("the tokenizer failed on this request"))
             return
+        self._text_losses = 0
         # `infos` starts at token `num_consumed`; what is consumed now belongs to this event.
         num_new = max(0, min(text.num_tokens_consumed - sequence.num_consumed, len(sequence.infos)))
         infos = sequence.infos[:num_new]
@@ -454,7 +458,7 @@ class Run:
         self.engine.metrics.replayed.inc()
         self._text_losses += 1
         if self._text_losses > self.engine.settings.max_attempts * len(self.sequences):
-            self.generation.end(Unavailable("the request failed on several tokenizer instances", retry_after_s=1))
+            self.generation.end(Unavailable("the request failed several times in a row at tokenizer instances", retry_after_s=1))
             return
         self._open_text(sequence)
 

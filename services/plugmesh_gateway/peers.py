@@ -13,6 +13,8 @@ from plugmesh.types import InstanceInfo
 
 log = structlog.get_logger()
 
+_MAX_SUSPECT_S = 5.0
+
 
 class Peers:
     """Live instances of `role`.
@@ -26,6 +28,7 @@ class Peers:
         self.role = role
         self.on_gone = on_gone
         self._suspects: dict[str, tuple[str, float]] = {}  # instance id to (incarnation, until when)
+        self._failures: dict[str, tuple[str, int]] = {}    # instance id to (incarnation, failures since its last sign of life)
         self._incarnations: dict[str, str] = {}
         self._changed = asyncio.Event()
         self._unwatch: Callable[[], None] | None = None
@@ -61,10 +64,23 @@ class Peers:
                    for i in self.mesh.instances(self.role))
 
     def suspect(self, info: InstanceInfo, for_s: float) -> None:
-        """Leaves this incarnation out of `live` for a while."""
+        """Leaves this incarnation out of `live` for a while, twice as long after each failure in a row, up to 5 s.
+
+        The table may list a killed instance until its lease is over; asking it again and again would use up all attempts.
+        """
         if len(self._suspects) > 1024:
             self._suspects.clear()  # only a hint: forgetting costs one more failed attempt
+            self._failures.clear()
+        incarnation, count = self._failures.get(info.instance_id, (info.incarnation, 0))
+        count = count + 1 if incarnation == info.incarnation else 1
+        self._failures[info.instance_id] = (info.incarnation, count)
+        for_s = max(for_s, min(for_s * 2 ** (count - 1), _MAX_SUSPECT_S))
         self._suspects[info.instance_id] = (info.incarnation, time.monotonic() + for_s)
+
+    def trust(self, info: InstanceInfo) -> None:
+        """It just answered: its failures are forgotten."""
+        if self._failures:
+            self._failures.pop(info.instance_id, None)
 
     async def changed(self, timeout_s: float) -> None:
         """Returns after a change of the table, or after `timeout_s`."""

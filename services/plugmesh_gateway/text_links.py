@@ -159,6 +159,7 @@ class TextLinks:
         sequences = self._sequences.get(link)
         if sequences is None:
             return
+        self.peers.trust(link.info)
         waiting = self._waiting[link]
         for text in frame.texts:
             sequence = sequences.get(text.sequence_id)

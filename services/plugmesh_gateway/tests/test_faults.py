@@ -507,3 +507,26 @@ async def test_replays_are_cut_into_frames_that_fit_the_bus(start, monkeypatch):
     assert (sorted(text), reasons) == (sorted(TEXT * 2), ["stop"] * 2)
     assert second.servicer.num_frames > 6
     await until(stack.is_idle)
+
+
+@pytest.mark.parametrize("role", ["decode", "tokenizer"])
+async def test_an_instance_that_the_table_still_lists_after_its_death_does_not_use_up_the_attempts(start, role):
+    stack = await start(peers=False, max_attempts=5, stall_s=5)
+    tokenizer, decode = await stack.tokenizer(), await stack.decode(say(TEXT))
+    decode.servicer.pause_after = 10
+    pieces: list[str] = []
+    task = asyncio.create_task(stream_text(stack, pieces))
+    await until(lambda: len("".join(pieces)) == 10)
+    dead = decode if role == "decode" else tokenizer
+    await stack.mesh.kill(dead, tell=False)
+    decode.servicer.pause_after = 10**9
+    if role == "tokenizer":
+        decode.servicer.poke()
+    await asyncio.sleep(3)  # a lease's time: four attempts at half-second intervals would be over
+    assert not task.done()
+    stack.mesh.peers.pop(dead.info.instance_id)
+    stack.mesh.tell("left", dead.info)
+    await (stack.decode(say(TEXT)) if role == "decode" else stack.tokenizer())
+
+    assert (await task)[0] == TEXT
+    await until(stack.is_idle)
