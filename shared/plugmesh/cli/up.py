@@ -149,13 +149,13 @@ def _announce(launcher: Launcher, elapsed_s: float) -> None:
     url = launcher.run.gateway_url
     model = launcher.served_model
     out = output.out
-    out.print(f"\n[bold green]●[/] [bold]plugmesh[/] serves [bold]{escape(model)}[/] at [bold cyan]{url}/v1[/]   [dim]first token after {output.seconds(elapsed_s)}[/]\n")
+    out.print(f"\n[bold green]●[/] [bold]plugmesh[/] serves [bold]{escape(model)}[/] at [bold cyan]{url}/v1[/]   [dim]first token after {output.seconds(elapsed_s)}[/]\n", soft_wrap=True)
     out.print(f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\", markup=False, soft_wrap=True)
     out.print(
         f'    -d \'{{"model": "{model}", "messages": [{{"role": "user", "content": "What is the capital of France?"}}]}}\'\n',
         markup=False, soft_wrap=True,
     )  # fmt: skip
-    rows = [("console", url), ("API page", f"{url}/docs"), ("status", "plugmesh status"), ("logs", launcher.run.runtime_dir + "/logs"), ("stop", "Ctrl-C")]
-    for name, value in rows[1:]:
+    rows = [("API page", f"{url}/docs"), ("status", "plugmesh status"), ("logs", launcher.run.runtime_dir + "/logs"), ("stop", "Ctrl-C")]
+    for name, value in rows:
         out.print(f"  [dim]{name:<9}[/]{value}", soft_wrap=True)
     out.print()
