@@ -16,13 +16,14 @@ class Message(Protocol):
 
 
 OnMessage = Callable[[Any], None]  # gets a Message; must not block
+UNKNOWN = ""    # no token is empty
 Undo = Callable[[], None]
 
 
 class Carrier(Protocol):
     """One connection. Delivers a connection's messages to one subject in order; may lose some when it breaks.
 
-    Messages to `<inbox>.<token>` reach the callback in `routes[token]`.
+    Messages to `<inbox>.<token>` reach the callback in `routes[token]`, else that in `routes[UNKNOWN]`.
     """
 
     inbox: str

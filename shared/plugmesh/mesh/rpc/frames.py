@@ -12,7 +12,7 @@ whole unary call is two packets; small messages of a stream share packets.
     CLOSE     (empty)                                                          no more messages from this side
     STATUS    u8 code, details, metadata                                       the call is over
     CANCEL    reason                                                           the client gives the call up
-    SYNC_REQUEST, SYNC_ACK, AGAIN, RESET: see `pipe.py`
+    SYNC_REQUEST, SYNC_ACK, AGAIN, RESET, CHECK: see `pipe.py`
 
 Decoding trusts nothing: every length is checked against the packet's end.
 """
@@ -41,8 +41,9 @@ SYNC_REQUEST = 0x100
 SYNC_ACK = 0x200
 AGAIN = 0x400
 RESET = 0x800
-KNOWN_FLAGS = 0xFFF
-UNSEQUENCED = SYNC_REQUEST | SYNC_ACK | RESET
+CHECK = 0x1000
+KNOWN_FLAGS = 0x1FFF
+UNSEQUENCED = SYNC_REQUEST | SYNC_ACK | RESET | CHECK   # their sequence number is that of the next packet to come
 
 _HEAD = struct.Struct("<BHII")
 _U8 = struct.Struct("<B")

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from plugmesh.mesh.rpc.carrier import OnMessage, Undo
+from plugmesh.mesh.rpc.carrier import UNKNOWN, OnMessage, Undo
 from plugmesh.mesh.rpc.frames import MAX_MESSAGE_BYTES
 
 NO_RESPONDERS = {"Status": "503"}
@@ -64,7 +64,7 @@ class LocalHub:
         owner = self._inboxes.get(root)
         if owner is not None:
             found = True
-            route = owner.routes.get(token)
+            route = owner.routes.get(token) or owner.routes.get(UNKNOWN)
             if route is not None:
                 self._post(route, message, owner)
         groups: dict[str, list[_Subscription]] = {}

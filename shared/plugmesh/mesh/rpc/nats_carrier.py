@@ -22,7 +22,7 @@ from nats.aio.client import Client
 
 from plugmesh.errors import ConfigError, Unavailable
 from plugmesh.mesh import subjects
-from plugmesh.mesh.rpc.carrier import OnMessage, Undo
+from plugmesh.mesh.rpc.carrier import UNKNOWN, OnMessage, Undo
 from plugmesh.mesh.rpc.frames import MAX_MESSAGE_BYTES, MAX_METADATA_BYTES
 
 log = structlog.get_logger()
@@ -139,7 +139,7 @@ class NatsCarrier:
     # --- receiving ------------------------------------------------------------------------------------------------
 
     async def _on_inbox(self, message: Any) -> None:
-        route = self.routes.get(message.subject.rpartition(".")[2])
+        route = self.routes.get(message.subject.rpartition(".")[2]) or self.routes.get(UNKNOWN)
         if route is not None:
             route(message)
 

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from plugmesh.errors import PlugmeshError, Unavailable
-from plugmesh.mesh.rpc.carrier import Carrier, is_no_responders
+from plugmesh.errors import DataLoss, PlugmeshError, Unavailable
+from plugmesh.mesh.rpc import frames
+from plugmesh.mesh.rpc.carrier import UNKNOWN, Carrier, is_no_responders
 
 if TYPE_CHECKING:
     from plugmesh.mesh.rpc.pipe import Pipe
@@ -63,6 +64,7 @@ class PeerWatch:
         self._connected_at = -1e9
         self._undo = carrier.on_state(self._on_state)
         carrier.routes[PING_TOKEN] = self._answer_ping
+        carrier.routes[UNKNOWN] = self._on_unknown
 
     def start(self) -> None:
         if self._task is None:
@@ -93,6 +95,10 @@ class PeerWatch:
         pipe.peer_state = peer
         self._pipes.add(pipe)
         self._unanswered.pop(pipe, None)
+
+    def keep(self, pipe: Pipe) -> None:
+        """An interruption is over only when this pipe's peer has said where it is."""
+        self._pipes.add(pipe)
 
     def leave(self, pipe: Pipe) -> None:
         self._pipes.discard(pipe)
@@ -161,6 +167,8 @@ class PeerWatch:
         for pipe in list(self._pipes):
             if pipe.resyncing:
                 pipe.resync()
+            else:
+                pipe.check(now)
         for peer in list(self._peers.values()):
             idle = now - peer.heard
             if idle > silence_s:
@@ -171,6 +179,16 @@ class PeerWatch:
     def _answer_ping(self, message: Any) -> None:
         if message.reply:
             self.carrier.publish(message.reply, b"")
+
+    def _on_unknown(self, message: Any) -> None:
+        """A packet for a call that is over here. Who asks about it is told so."""
+        if message.reply and message.data:
+            try:
+                flags = frames.decode(message.data).flags
+            except DataLoss:
+                return
+            if flags & (frames.SYNC_REQUEST | frames.CHECK):
+                self.carrier.publish(message.reply, frames.encode(frames.Packet(frames.RESET)))
 
     def _on_pong(self, peer: Peer, message: Any) -> None:
         if not is_no_responders(message):

@@ -3,6 +3,10 @@
 Order. Every packet of a direction has the next sequence number. A hole or a repetition ends the call with DataLoss,
 except around an interruption of the connection:
 
+Silence. A hole shows only when the next packet comes. So a client that has heard nothing for a while sends CHECK, with
+the number of its next packet; the server answers with its own. As carriers keep the order, each then knows whether
+something is missing.
+
 Interruption. Each end keeps what it sent until the other end acknowledged it (every packet carries an acknowledgement;
 the credit window bounds what is kept). While the connection is down packets are only kept. When it is back, an end sends
 SYNC_REQUEST with its acknowledgement until it hears SYNC_ACK; whoever hears either sends again, marked AGAIN, what the
@@ -25,6 +29,9 @@ from plugmesh.mesh.rpc.flow import ReceiveWindow, SendWindow
 from plugmesh.mesh.rpc.frames import Packet
 from plugmesh.mesh.rpc.peers import Peer, PeerWatch
 
+FIRST_CHECK_S = 0.5
+MAX_CHECK_S = 8.0
+
 
 class Pipe:
     """Base of both ends of a call. All methods run on the event loop's thread.
@@ -42,6 +49,8 @@ class Pipe:
         self.peer = ""                               # subject for our packets, empty until known
         self.peer_state: Peer | None = None
         self.closed = False                          # this end is finished with the call
+        self.heard = loop.time()                     # the last packet of this call
+        self.check_after_s = FIRST_CHECK_S
         self._next = 0
         self._expected = 0
         self._kept: deque[tuple[int, bytes]] = deque()
@@ -156,11 +165,16 @@ class Pipe:
         except DataLoss as e:
             self.on_broken(e)
             return
+        self.heard = self.loop.time()
         if self.peer_state is not None:
-            self.peer_state.heard = self.loop.time()
+            self.peer_state.heard = self.heard
         if p.flags & frames.UNSEQUENCED:
-            self._on_sync(p, message.reply)
+            if p.flags & frames.CHECK:
+                self._on_check(p)
+            else:
+                self._on_sync(p, message.reply)
             return
+        self.check_after_s = FIRST_CHECK_S
         if p.sequence != self._expected:
             if not self.resyncing and not (p.flags & frames.AGAIN and p.sequence < self._expected):
                 self.on_broken(DataLoss(f"packet {p.sequence} arrived where {self._expected} was due"))
@@ -204,6 +218,29 @@ class Pipe:
 
     def has_inbound(self) -> bool:
         return bool(self._inbound)
+
+    # --- silence --------------------------------------------------------------------------------------------------
+
+    def check(self, now: float) -> None:
+        """Called now and then by the watch; asks after lost packets, less and less often while nothing happens."""
+        if self.peer and now - self.heard >= self.check_after_s and not self.closed and not self.resyncing:
+            self.check_after_s = min(self.check_after_s * 2, MAX_CHECK_S)
+            self.send_check()
+
+    def send_check(self) -> None:
+        self._send_sync(frames.CHECK, self.peer)
+
+    def _on_check(self, p: Packet) -> None:
+        if self.resyncing:
+            return
+        if p.sequence > self._expected:
+            self.on_broken(DataLoss(f"packets {self._expected} to {p.sequence - 1} are missing"))
+            return
+        self._acknowledged(p.ack)
+        self.on_checked()
+
+    def on_checked(self) -> None:
+        """Hook: the peer asked and nothing is missing here."""
 
     # --- interruption ---------------------------------------------------------------------------------------------
 

@@ -84,6 +84,7 @@ class RpcServer:
         self._idle.set()
         self._lingering: deque[tuple[float, int, ServerPipe]] = deque()
         self._lingering_bytes = 0
+        self._undo_state = carrier.on_state(self._on_state)
 
     @property
     def incarnation(self) -> str:
@@ -175,6 +176,16 @@ class RpcServer:
             self._lingering_bytes -= size
             old.forget()
 
+    def _on_state(self, connected: bool) -> None:
+        """Answers given just before a break may not have arrived: the watch asks for them when the connection is back."""
+        if not connected:
+            for _, _, pipe in self._lingering:
+                pipe.resyncing = True
+                self.watch.keep(pipe)
+        else:
+            now = asyncio.get_running_loop().time()
+            self._lingering = deque((now, size, pipe) for _, size, pipe in self._lingering)
+
     async def drained(self, timeout_s: float) -> bool:
         """Waits until no call runs; False when that took too long."""
         try:
@@ -193,6 +204,7 @@ class RpcServer:
             pipe.end_with(Unavailable("the instance is stopping", retry_after_s=0.5))
         if tasks:
             await asyncio.wait(tasks, timeout=5.0)
+        self._undo_state()
         for _, _, pipe in self._lingering:
             pipe.forget()
         self._lingering.clear()
@@ -288,11 +300,20 @@ class ServerPipe(Pipe):
         self._cancel()
         self.forget()
 
+    def check(self, now: float) -> None:
+        pass  # the client asks
+
+    def on_checked(self) -> None:
+        self.send_check()
+
     def resync(self) -> None:
         if self.resyncing:
-            if not self.introduced:
-                self.decorate(Packet())
+            self._introduce()     # kept like any packet, and sent once both ends know where they are
             super().resync()
+
+    def on_resynced(self) -> None:
+        if self.ended:
+            self.watch.leave(self)
 
     def _cancel(self) -> None:
         """The caller gave up or is gone."""
@@ -410,7 +431,10 @@ class ServerPipe(Pipe):
         self.emit(p)
         self.remote_closed = True
         self.close()
-        self.watch.leave(self)
+        if self.resyncing:
+            self.watch.keep(self)
+        else:
+            self.watch.leave(self)
         if self.task is not None and self.task is not asyncio.current_task():
             self.task.cancel()
         for callback in self.callbacks:
@@ -421,13 +445,15 @@ class ServerPipe(Pipe):
         if not self.ended:
             super().deliver(message)
             return
-        # Only a caller that lost our answer in an interruption still matters.
+        # Only a caller that did not get our answer still matters.
         try:
             p = frames.decode(message.data) if message.data else Packet()
         except DataLoss:
             return
         if p.flags & (frames.SYNC_REQUEST | frames.SYNC_ACK):
             self._on_sync(p, message.reply)
+        elif p.flags & frames.CHECK:
+            self.send_check()
 
 
 class Context(grpc.aio.ServicerContext):
