@@ -43,6 +43,7 @@ from .respond import DONE, ChatShape, CompletionShape, Shape, error_event, error
 log = structlog.get_logger()
 
 _OPEN = frozenset({"/live", "/health"})
+_SEND_BUFFER_BYTES = 128 * 1024
 _SEND_TIMEOUT_S = 30.0  # one write to a client that does not read
 
 
@@ -386,6 +387,8 @@ class HttpServer:
         listener = socket.socket(family, socket.SOCK_STREAM)
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            # Accepted sockets inherit it: the kernel would otherwise keep megabytes for a client that does not read.
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
             listener.bind((self.host, self.port))
         except OSError as e:
             listener.close()

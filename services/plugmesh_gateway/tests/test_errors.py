@@ -104,7 +104,7 @@ _bodies = st.dictionaries(_keys, _json, max_size=5).flatmap(
     lambda d: st.one_of(st.just(d), st.lists(_message, max_size=2).map(lambda m: {**d, "messages": m}), st.text(max_size=4).map(lambda p: {**d, "prompt": p})))
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(_bodies)
 def test_any_json_object_is_understood_or_refused_with_a_typed_error(body):
     raw = json.dumps(body).encode()
@@ -190,7 +190,7 @@ async def test_a_body_that_does_not_come_is_a_408(start):
     assert b" 408 " in line
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.binary(max_size=60) | _bodies.map(lambda b: json.dumps(b).encode()))
 def test_whatever_is_posted_gets_a_status_below_500(server, raw):
     reply = httpx.post(f"{server}/v1/completions", content=raw, headers={"content-type": "application/json"}, timeout=20)
