@@ -19,6 +19,7 @@ from plugmesh_engine.admission import check_request
 from plugmesh_engine.batch import Rows
 from plugmesh_engine.config import EngineConfig
 from plugmesh_engine.kv.pool import BlockPool, OutOfBlocks
+from plugmesh_engine.kv.view import PoolView
 from plugmesh_engine.measure import measure_step_ms
 from plugmesh_engine.requests import BlockReady, EngineRequest, EngineStats, StepOutput, TokenEvent
 from plugmesh_engine.runner import Runner
@@ -68,6 +69,7 @@ class Engine:
         self._layout_key = self.layout.key()
         self._pool = BlockPool(self.layout, config.num_blocks, model.device)
         self._runner = Runner(model, self._pool, attention(self._pool.storage, c.num_heads) if attention else None)
+        self._view = PoolView(self._pool)
         self._groups: dict[str, Group] = {}
         self._retained: dict[str, list[int]] = {}
         self._waiting: list[Seq] = []  # by Seq.order
@@ -201,14 +203,14 @@ class Engine:
     def _schedule(self) -> list[Planned]:
         """Asks the scheduler, then admits, takes blocks and preempts until the plan can run."""
         try:
-            wishes = self._scheduler.schedule(tuple(self._waiting), tuple(self._running), self)
+            wishes = self._scheduler.schedule(tuple(self._waiting), tuple(self._running), self._view)
             self._check_plan(wishes)
         except Exception as e:
             if self._scheduler is self._own_scheduler:
                 raise
             self._num_scheduler_errors += 1
             log.warning("engine.scheduler_failed", scheduler=self._scheduler_name, error=type(e).__name__, count=self._num_scheduler_errors)
-            wishes = self._own_scheduler.schedule(tuple(self._waiting), tuple(self._running), self)
+            wishes = self._own_scheduler.schedule(tuple(self._waiting), tuple(self._running), self._view)
         plan: list[Planned] = []
         may_enter = {id(s) for s in self._waiting}  # not those that this very step preempts
         for seq, num_tokens in wishes:
@@ -225,8 +227,8 @@ class Engine:
             if id(seq) not in known:
                 raise ValueError("the plan names a sequence twice, or one that was not offered")
             known.discard(id(seq))
-            if not 1 <= num_tokens <= self.pending(seq):
-                raise ValueError(f"{num_tokens} tokens planned, {self.pending(seq)} pending")
+            if not 1 <= num_tokens <= self._view.pending(seq):
+                raise ValueError(f"{num_tokens} tokens planned, {self._view.pending(seq)} pending")
 
     def _run(self, plan: list[Planned]) -> tuple[list[Planned], torch.Tensor | None]:
         """Computes the plan. When that raises, each sequence runs alone, and those that raise again end with an error."""
@@ -301,61 +303,11 @@ class Engine:
 
     # -- memory ----------------------------------------------------------------------------------------------------
 
-    # `KvView`, for schedulers
-
-    @property
-    def num_free(self) -> int:
-        return self._pool.num_free
-
-    @property
-    def num_total(self) -> int:
-        return self._pool.num_total
-
-    @property
-    def watermark(self) -> int:
-        return max(1, self._pool.num_total // 100)
-
-    def pending(self, sequence: SequenceView) -> int:
-        s = self._seq(sequence)
-        return s.num_pending if s.state is State.RUNNING else self._target_after(s, self._found(s)) - self._found(s)
-
-    def blocks_for(self, sequence: SequenceView, num_tokens: int) -> int:
-        s = self._seq(sequence)
-        if s.state is State.RUNNING:
-            new = -(-(s.num_computed + num_tokens) // BLOCK_TOKENS) - len(s.blocks)
-            return new + int(self._writes_shared_block(s))
-        cached = self._matched(s)
-        revived = sum(self._pool.prefix.is_idle(b) for b in cached)  # they count as free until they are taken
-        return -(-(self._found(s) + num_tokens) // BLOCK_TOKENS) - len(cached) + revived
-
-    @staticmethod
-    def _seq(sequence: SequenceView) -> Seq:
-        assert isinstance(sequence, Seq)
-        return sequence
-
-    def _limit(self, s: Seq) -> int:
-        """Tokens of a waiting sequence that may be found rather than computed: one is left to sample from."""
-        return len(s.tokens) - 1 if s.group.forked else s.group.num_prompt - s.num_needed
-
-    def _matched(self, s: Seq) -> list[int]:
-        if not s.group.cache:
-            return []
-        return self._pool.prefix.match(s.names_upto(self._limit(s), self._layout_key))
-
-    def _found(self, s: Seq) -> int:
-        """Tokens that a waiting sequence finds in the prefix cache or brings along."""
-        return max(len(self._matched(s)) * BLOCK_TOKENS, min(sum(k.num_tokens for k in s.group.kv), self._limit(s)))
-
-    @staticmethod
-    def _target_after(s: Seq, found: int) -> int:
-        """What `Seq.target` will be once `found` tokens are in place: a complete prompt is forked at once."""
-        return len(s.tokens) if found >= s.group.num_prompt else s.target
-
     def _admit(self, s: Seq) -> bool:
         """Gives a waiting sequence what the cache holds and the KV it brings, and lets it run. False when slots or blocks are short."""
         if sum(r.num_slots for r in self._running) + s.num_slots > self.config.max_num_sequences:
             return False
-        matched, limit = self._matched(s), self._limit(s)
+        matched, limit = self._view.matched(s), self._view.limit(s)
         for block in matched:
             self._pool.hold(block)
         blocks, found = list(matched), len(matched) * BLOCK_TOKENS
@@ -389,7 +341,7 @@ class Engine:
         """Blocks for the next tokens, by preempting the newest if need be. False when the sequence itself had to go."""
         while s.state is State.RUNNING:
             try:
-                if self._writes_shared_block(s):
+                if self._view.writes_shared_block(s):
                     i = s.num_computed // BLOCK_TOKENS
                     s.blocks[i] = self._pool.own(s.blocks[i])
                 while len(s.blocks) * BLOCK_TOKENS < s.num_computed + num_tokens:
@@ -401,10 +353,6 @@ class Engine:
                 else:
                     self._preempt(self._running[-1])
         return False
-
-    def _writes_shared_block(self, s: Seq) -> bool:
-        i = s.num_computed // BLOCK_TOKENS
-        return i < len(s.blocks) and self._pool.refs[s.blocks[i]] > 1
 
     def _preempt(self, s: Seq) -> None:
         """Takes a sequence's blocks; it waits, and recomputes what the prefix cache has lost by then."""

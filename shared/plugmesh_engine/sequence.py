@@ -141,11 +141,6 @@ class Sequence:
     def num_slots(self) -> int:
         return 1 if self.group.forked else len(self.group.alive)
 
-    @property
-    def num_needed(self) -> int:
-        """Tokens that must be computed (not found) at the least, 0 when only a fork is due, else 1."""
-        return 1 if self.group.forked or self.group.waits_for_prompt_logits else 0
-
     def names_upto(self, num_tokens: int, layout_key: bytes) -> list[bytes]:
         """Names of the full blocks among the first `num_tokens` tokens, hashed at most once."""
         num_blocks = num_tokens // BLOCK_TOKENS

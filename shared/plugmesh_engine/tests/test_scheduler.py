@@ -73,7 +73,7 @@ def test_nobody_overtakes_a_prompt_that_does_not_fit(build: Build) -> None:
     assert started["big"] <= started["small"]
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.tuples(st.integers(1, 60), st.integers(1, 8), st.sampled_from([1, 1, 2]), st.integers(0, 3)), min_size=1, max_size=8), st.integers(1, 40), st.integers(2, 5))
 def test_no_step_exceeds_its_budget_or_slots_and_all_finish(build: Build, load: list[tuple[int, int, int, int]], budget: int, slots: int) -> None:
     watched = Watched(budget, slots)
@@ -91,6 +91,24 @@ def test_no_step_exceeds_its_budget_or_slots_and_all_finish(build: Build, load: 
         assert sum(s for _, _, _, s in plan) <= slots
     assert sum(e.request_done for e in events_of(outputs)) == len(load)
     assert engine.stats().num_scheduler_errors == 0
+
+
+@pytest.mark.parametrize("length", [20, 48, 60, 70])
+@pytest.mark.parametrize("held", [False, True])
+def test_what_a_prompt_is_said_to_take_is_what_it_takes(build: Build, length: int, held: bool) -> None:
+    """The first three blocks are cached, idle or held by another sequence."""
+    engine = build(max_tokens_per_step=512)
+    engine.add(EngineRequest("first", prompt(60), dataclasses.replace(GREEDY, max_tokens=40)))
+    engine.step()
+    if not held:
+        engine.cancel("first")
+    engine.add(EngineRequest("r", (*prompt(60)[:50], *prompt(70, 5))[:length], GREEDY))
+    [waiting] = engine._waiting
+    before, said, pending = engine._pool.num_free, engine._view.blocks_for(waiting, engine._view.pending(waiting)), engine._view.pending(waiting)
+    engine.step()
+
+    assert pending == length - min((length - 1) // 16, 3) * 16
+    assert before - engine._pool.num_free == said
 
 
 def test_two_long_requests_do_not_livelock(build: Build) -> None:
