@@ -162,6 +162,27 @@ class TestRunningMesh:
         assert done.stdout.strip()
         assert {p.pid for p in mesh.children()} == before
 
+    def test_chat_answers_line_by_line_and_ends_with_the_input(self, mesh: Up) -> None:
+        lines = "Hello.\n\n/reset\nWhat is 1+1?\n"
+        done = subprocess.run(
+            [*PLUGMESH, "chat", "--max-tokens", "3", "--temperature", "0"], env=mesh.env, input=lines, capture_output=True, text=True, timeout=60
+        )
+
+        assert done.returncode == 0, done.stderr
+        assert len(done.stdout.splitlines()) >= 2
+        assert "forgotten" in done.stderr
+
+    def test_a_reader_that_goes_away_ends_the_answer(self, mesh: Up) -> None:
+        asking = subprocess.Popen(
+            [*PLUGMESH, "run", "Count from 1 to 500.", "--max-tokens", "2000"], env=mesh.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        assert asking.stdout.read(1)
+        asking.send_signal(signal.SIGINT)
+        _, err = asking.communicate(timeout=30)
+
+        assert (asking.returncode, err) == (130, b"")
+        until(lambda: all(r["load"].get("num_running", 0) == 0 for r in mesh.instances()["decode"]), 10, "decode stopped working on it")
+
     def test_a_second_mesh_of_the_same_name_is_refused(self, mesh: Up) -> None:
         done = mesh.command("up", "--port", "0", "--plain")
 
@@ -241,6 +262,31 @@ def test_after_kill_9_no_process_is_left_and_the_next_start_removes_the_files(tm
         assert again.left() == NOTHING
     finally:
         again.end()
+
+
+@pytest.mark.nats
+@pytest.mark.model
+def test_run_on_its_own_starts_a_mesh_answers_and_leaves_nothing(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "xdg").mkdir()
+    env = {**os.environ, "XDG_RUNTIME_DIR": str(tmp_path / "xdg"), "PLUGMESH_MESH__DATA_DIR": str(tmp_path / "data"), "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    asking = subprocess.Popen(
+        [*PLUGMESH, "run", "What is the capital of France?", "--max-tokens", "20"], env=env, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    seen = set()
+
+    def look() -> bool:
+        seen.update(p.pid for p in psutil.Process(asking.pid).children(recursive=True))
+        return len(seen) > len(SERVICE_NAMES)
+
+    until(look, 60, "its mesh starts")
+    out, err = asking.communicate(timeout=100)
+
+    assert asking.returncode == 0, err
+    assert "Paris" in out
+    assert "Paris" not in err
+    assert [p for p in seen if psutil.pid_exists(p)] == []
+    assert [p for p in (tmp_path / "xdg").rglob("*") if p.name != "plugmesh"] == []
+    assert list(pathlib.Path("/dev/shm").glob(f"plugmesh-*-{asking.pid}")) == []
 
 
 @pytest.mark.parametrize(
