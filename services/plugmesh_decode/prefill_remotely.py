@@ -95,20 +95,21 @@ class RemotePrefill:
         finally:
             del self._waiting[job.job_id]
             if not waiting.result.done():
-                waiting.result.cancel()
+                waiting.result.cancel()  # first, so that the call's own end finds nobody waiting
             if call is not None and not call.done():
                 call.cancel()
 
     async def _call(self, job: pb.PrefillJob, instance: str, waiting: _Waiting) -> None:
+        error: PlugmeshError = Unavailable("the prefill instance ended the job without a result")
         try:
             async for event in rpc.PrefillStub(self._mesh.channel("prefill", instance)).Run(job):
                 if not self.report(event):
                     return
-            error: PlugmeshError = Unavailable("the prefill instance ended the job without a result")
         except grpc.aio.AioRpcError as e:
             error = error_from_rpc(e)
-        if not waiting.result.done():
-            waiting.result.set_exception(error)
+        finally:  # a peer that cancels a stream raises CancelledError in its reader
+            if not waiting.result.done():
+                waiting.result.set_exception(error)
 
     def _on_instance(self, change: str, info: InstanceInfo) -> None:
         if change not in ("left", "suspect") or info.role != "prefill":

@@ -6,9 +6,9 @@ import grpc
 from google.protobuf import any_pb2
 from google.rpc import code_pb2, status_pb2
 from grpc_status import rpc_status
-from plugmesh_proto.v1 import common_pb2 as pb
 
 from plugmesh import errors, types
+from plugmesh_proto.v1 import common_pb2 as pb
 
 _FINISH = {
     None: pb.FINISH_REASON_UNSPECIFIED,

@@ -17,6 +17,7 @@ import openai
 import pytest
 
 from plugmesh import models
+from plugmesh.errors import PlugmeshError
 from plugmesh.testing.cluster import Cluster, running, wait_until
 
 pytestmark = [pytest.mark.nats, pytest.mark.model, pytest.mark.timeout(240)]
@@ -51,8 +52,8 @@ def whole_again(mesh):
 
 def is_whole(mesh: Cluster) -> bool:
     try:
-        states = [(i["role"], i["state"]) for i in mesh.status()["instances"]]
-    except AssertionError:
+        states = [(i["role"], i["state"]) for i in mesh.instances()]
+    except PlugmeshError:
         return False
     want = {"gateway": 1, "tokenizer": 1, "weightstore": 1, "prefill": 1, "decode": 2, "kvstore": 1}
     return all(sum(r == role and s == "ready" for r, s in states) == n for role, n in want.items())
@@ -60,11 +61,12 @@ def is_whole(mesh: Cluster) -> bool:
 
 def used_blocks(mesh: Cluster) -> dict[str, float]:
     found = {}
-    for role in ("decode", "prefill"):
-        for i in mesh.instances(role):
+    table = [i for i in mesh.instances() if i["state"] in ("ready", "draining")]
+    for i in table:
+        if i["role"] in ("decode", "prefill"):
             found[f"{i['instance_id']} used"] = mesh.metric(i, "plugmesh_kv_blocks", state="used")
             found[f"{i['instance_id']} leaked"] = mesh.metric(i, "plugmesh_kv_blocks_leaked")
-    for i in mesh.instances("kvstore"):
+    for i in (i for i in table if i["role"] == "kvstore"):
         found[f"{i['instance_id']} leaked"] = mesh.metric(i, "plugmesh_kv_blocks_leaked")
         for state in ("pinned", "reserved"):
             found[f"{i['instance_id']} {state}"] = mesh.metric(i, "plugmesh_kv_arena_bytes", state=state)
@@ -210,7 +212,7 @@ async def test_a_dead_broker_ends_every_request_once_and_full_service_returns_wi
         streams = [Stream() for _ in PROMPTS]
         tasks = [asyncio.create_task(s.read(client, p, 64)) for s, p in zip(streams, PROMPTS, strict=True)]
         await asyncio.gather(*(asyncio.wait_for(s.first.wait(), 60) for s in streams))
-        pids = {i["instance_id"]: i["pid"] for i in mesh.status()["instances"]}
+        pids = {i["instance_id"]: i["pid"] for i in mesh.instances()}
         old = mesh.broker()
         old.kill()
         await asyncio.wait_for(asyncio.gather(*tasks), 60)
@@ -227,7 +229,7 @@ async def test_a_dead_broker_ends_every_request_once_and_full_service_returns_wi
         assert time.monotonic() - returned < 12
         wait_until(lambda: is_whole(mesh), 30, "every role is listed again")
 
-    assert pids == {i["instance_id"]: i["pid"] for i in mesh.status()["instances"]}  # nothing had to be restarted
+    assert pids == {i["instance_id"]: i["pid"] for i in mesh.instances()}  # nothing had to be restarted
 
 
 async def test_a_bounded_queue_sheds_with_429_or_503_and_retry_after(mesh):

@@ -10,8 +10,8 @@ import pytest
 from plugmesh import cards
 from plugmesh.config import MeshConfig
 from plugmesh.errors import ConfigError, PluginError
-from plugmesh.host import PluginHost
 from plugmesh.hookspecs import hookimpl
+from plugmesh.host import PluginHost
 from plugmesh.records import PrefillPolicyRecord, RouterRecord
 
 CARD = """

@@ -5,7 +5,10 @@ Nothing is faked: the real broker, services as processes, the real model. Faults
 
 from __future__ import annotations
 
+import asyncio
+import concurrent.futures
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -19,6 +22,9 @@ from typing import Any
 
 import prometheus_client.parser
 import psutil
+
+from plugmesh.cli.status import EXIT_INCOMPLETE
+from plugmesh.supervisor.observe import Observer
 
 
 class Cluster:
@@ -95,17 +101,30 @@ class Cluster:
         return found
 
     def status(self) -> dict[str, Any]:
-        """`plugmesh status --json`."""
+        """`plugmesh status --json`, of a mesh that may lack a role at the moment."""
         out = subprocess.run(
             [sys.executable, "-m", "plugmesh.cli", "status", "--json"], env=self._env, capture_output=True, timeout=30, cwd=self.folder, check=False,
         )  # fmt: skip
-        assert out.returncode == 0, f"plugmesh status ended with {out.returncode}: {out.stderr.decode()}"
+        assert out.returncode in (0, EXIT_INCOMPLETE), f"plugmesh status ended with {out.returncode}: {out.stderr.decode()}"
         status: dict[str, Any] = json.loads(out.stdout)
         return status
 
-    def instances(self, role: str) -> list[dict[str, Any]]:
-        """Rows of the discovery table for a role."""
-        return [i for i in self.status()["instances"] if i["role"] == role]
+    def instances(self, role: str = "") -> list[dict[str, Any]]:
+        """Rows of the discovery table, all or those of a role, read from the broker. Raises Unavailable when it is away."""
+        record = self.run_record()
+
+        async def read() -> list[dict[str, Any]]:
+            observer = await Observer.connect(
+                record["name"], url=record["nats_url"], user=record["nats_user"], password_file=record["nats_password_file"],
+                tls_ca_file=record["nats_tls_ca_file"], lease_ttl_s=5.0, timeout_s=5.0,
+            )  # fmt: skip
+            try:
+                return [dataclasses.asdict(i) for i in observer.instances() if role in ("", i.role)]
+            finally:
+                await observer.close()
+
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:  # the caller may have an event loop of its own
+            return pool.submit(asyncio.run, read()).result(20)
 
     def run_record(self) -> dict[str, Any]:
         """What the running mesh left for other commands: broker address, gateway address."""
