@@ -77,7 +77,7 @@ class NatsBus:
         async def begin() -> None:
             while not stopped:
                 try:
-                    undo.append(await self._carrier.subscribe(subjects.bus(self._mesh, topic), receive, max_pending=max_pending))
+                    undo.append(await self._carrier.subscribe(subjects.bus(self._mesh, topic), receive))
                     break
                 except Exception as e:
                     log.warning("bus.subscribe_failed", topic=topic, error=type(e).__name__)

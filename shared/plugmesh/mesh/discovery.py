@@ -143,6 +143,8 @@ class Discovery:
             except TimeoutError:
                 pass
             self._renew_now.clear()
+            if self._refresh_task is not None and not self._refresh_task.done():
+                continue  # it asks for a renewal when the bucket is there
             if not self.carrier.connected:
                 continue
             if loop.time() - self._last_renewal > self.ttl_s and self.carrier.server_id == self._server_id:
@@ -152,10 +154,11 @@ class Discovery:
             try:
                 await self._put()
                 self._renewed.set()
-            except nats.js.errors.NoStreamResponseError:
-                await self._refresh()
             except _ERRORS as e:
+                # Without the bucket nobody refuses the put, as every process listens to its subjects: it just stays
+                # unanswered. So whatever went wrong, see that the bucket is there.
                 log.warning("discovery.renewal_failed", error=type(e).__name__)
+                await self._refresh()
 
     def _reincarnate(self) -> None:
         assert self.info is not None
@@ -222,7 +225,10 @@ class Discovery:
         loop = asyncio.get_running_loop()
         self._connected_at = loop.time()
         self.table.forgive(self._connected_at)
-        self._refresh_task = loop.create_task(self._refresh())
+        self._refresh_task = loop.create_task(self._come_back())
+
+    async def _come_back(self) -> None:
+        await self._refresh()
         self._renew_now.set()
 
     async def _judge(self) -> None:
