@@ -263,18 +263,17 @@ class Engine:
 
     def _sample(self, plan: list[Planned], logits: torch.Tensor | None) -> list[tuple[Seq, TokenInfo | None]]:
         """Tokens for every sequence whose pending tokens are all computed; prompts shared by siblings are forked here."""
+        finals = [s for s, _ in plan if s.num_computed == s.target]  # as the rows of the logits
         self._after_compute(plan)
         pairs: list[tuple[Seq, int]] = []  # sequence and row of the logits
-        row = 0
-        for s, _ in plan:
-            if s.num_computed < s.target:
+        for row, s in enumerate(finals):
+            if s.state is not State.RUNNING:  # its KV turned out bad
                 continue
             if s.group.forked:
                 pairs.append((s, row))
             else:
                 self._fork(s)
                 pairs.extend((sibling, row) for sibling in s.group.alive if sibling.num_computed == len(sibling.tokens))
-            row += 1
         if not pairs or logits is None:
             return []
         chosen = logits if [r for _, r in pairs] == list(range(len(logits))) else logits[[r for _, r in pairs]]
@@ -332,7 +331,8 @@ class Engine:
         self._waiting.remove(s)
         s.state = State.RUNNING
         bisect.insort(self._running, s, key=lambda r: r.order)
-        self._after_compute([(s, 0)])
+        if s.group.cache:
+            s.register(self._pool.prefix, self._layout_key)
         if not s.group.forked and s.num_computed >= s.group.num_prompt:
             self._fork(s)
         return True
@@ -384,9 +384,9 @@ class Engine:
     def _after_compute(self, plan: Iterable[Planned]) -> None:
         """Makes new full blocks findable and announces those of prefill_only prompts."""
         for s, _ in plan:
-            if s.group.cache:
+            if s.state is State.RUNNING and s.group.cache:
                 s.register(self._pool.prefix, self._layout_key)
-            if s.group.request.prefill_only:
+            if s.state is State.RUNNING and s.group.request.prefill_only:
                 self._announce(s)
 
     def _announce(self, s: Seq) -> None:
@@ -394,6 +394,9 @@ class Engine:
         computed = min(s.num_computed, g.num_prompt)
         last = -(-g.num_prompt // BLOCK_TOKENS) if computed == g.num_prompt else computed // BLOCK_TOKENS
         if g.num_blocks_announced == last:
+            return
+        if not bool(torch.isfinite(self._pool.storage[s.blocks[g.num_blocks_announced : last]]).all()):
+            self._fail(g, InternalError("the model gave no finite keys and values for this request"))  # they must not reach other engines
             return
         names = s.names_upto(computed, self._layout_key)
         if last > len(names):
@@ -453,6 +456,7 @@ class Engine:
     def _fail(self, g: Group, error: PlugmeshError) -> None:
         """Ends a whole request with one error event. What it computed is not trusted to be found by others."""
         alive = g.alive
+        self._out.blocks_ready = [b for b in self._out.blocks_ready if b.request_id != g.request.request_id]
         for s in alive:
             self._pool.forget(s.blocks)
             self._end(s, FinishReason.ERROR)

@@ -300,6 +300,45 @@ def test_a_sequence_that_breaks_costs_its_request_only(tiny: LoadedModel, build:
     assert_clean(engine)
 
 
+@pytest.mark.parametrize("where", [0, 20, 39])
+def test_bad_kv_is_never_announced(tiny: LoadedModel, where: int) -> None:
+    """Chunks of 16, NaN from one token on: blocks before it are announced, the others are not, and nothing stays."""
+    engine = Engine(tiny, EngineConfig(dtype="float32", num_blocks=64, max_tokens_per_step=16), attention=Poison)
+    ids = [5 + t % 200 for t in range(40)]
+    ids[where] = 3
+    engine.add(EngineRequest("bad", tuple(ids), GREEDY, prefill_only=True))
+    engine.add(EngineRequest("good", tuple(range(5, 45)), GREEDY, prefill_only=True))
+    outputs = steps(engine)
+    ready = {r: [b.block_index for o in outputs for b in o.blocks_ready if b.request_id == r] for r in ("bad", "good")}
+    ends = {e.request_id: type(e.error) for e in events_of(outputs) if e.request_done}
+
+    assert ready == {"bad": list(range(where // 16)), "good": [0, 1, 2]}
+    assert ends == {"bad": InternalError, "good": type(None)}
+    assert engine.release("good") and not engine.release("bad")
+    assert_clean(engine)
+
+
+def test_every_announced_block_can_be_exported_after_its_step(build: Build) -> None:
+    """Also in a pool so small that prompts are preempted half-way."""
+    engine = build(num_blocks=8, max_tokens_per_step=20)
+    for i in range(6):
+        engine.add(EngineRequest(f"r{i}", prompt(50, i), GREEDY, prefill_only=True))
+        engine.add(EngineRequest(f"d{i}", prompt(9, i + 10), dataclasses.replace(GREEDY, max_tokens=30)))
+    seen: dict[str, list[int]] = {}
+    while engine.has_work():
+        out = engine.step()
+        for b in out.blocks_ready:
+            assert len(engine.export_block(b.request_id, b.block_index)) == engine.layout.block_bytes
+            seen.setdefault(b.request_id, []).append(b.block_index)
+        for e in out.tokens:
+            if e.request_done and e.request_id.startswith("r"):
+                engine.release(e.request_id)
+
+    assert seen == {f"r{i}": [0, 1, 2, 3] for i in range(6)}
+    assert engine.stats().num_preemptions > 0
+    assert_clean(engine)
+
+
 def test_a_sequence_that_outgrows_the_pool_ends_with_an_error(build: Build) -> None:
     engine = build(num_blocks=3)
     engine.add(EngineRequest("r", prompt(20), dataclasses.replace(GREEDY, max_tokens=100)))
