@@ -94,13 +94,13 @@ class PrefillRunner:
         ids = tuple(job.token_ids)
         started = time.monotonic()
         hand_over: HandOver = self._plugins.guard(self._hand_over.name, self._hand_over.plan, len(ids), self.layout)
-        state = _Job(job.job_id)
-        self._jobs[job.job_id] = state
-        self._idle.clear()
         store = job.store_instance or self._stores.nearest()
         if not store:
             raise Unavailable("no kvstore lives", retry_after_s=1)
         kv = self._stores.client(store)
+        state = _Job(job.job_id)
+        self._jobs[job.job_id] = state
+        self._idle.clear()
         held: list[ExportedBlock] = []
         first: list[TokenInfo] = []
         num_done = 0
