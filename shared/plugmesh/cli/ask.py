@@ -16,7 +16,7 @@ from rich.markup import escape
 from plugmesh import errors
 from plugmesh.cli import output
 from plugmesh.cli import up as up_command
-from plugmesh.supervisor import http, runs
+from plugmesh.supervisor import http, runs, tasks
 from plugmesh.supervisor.launch import Launcher
 
 EXIT_INTERRUPTED = 130
@@ -201,9 +201,7 @@ async def _interruptible(work: Any, stop: asyncio.Event) -> Any:
         await asyncio.wait({task, stopping}, return_when=asyncio.FIRST_COMPLETED)
         return task.result() if task.done() else None
     finally:
-        for t in (task, stopping):
-            t.cancel()
-        await asyncio.gather(task, stopping, return_exceptions=True)
+        await tasks.cancel(task, stopping)
 
 
 class _Lines:

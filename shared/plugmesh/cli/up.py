@@ -17,6 +17,7 @@ from plugmesh import models
 from plugmesh.cli import display, output, pull
 from plugmesh.config import MeshConfig
 from plugmesh.errors import AlreadyExists, ConfigError, PlugmeshError
+from plugmesh.supervisor import tasks
 from plugmesh.supervisor.children import ChildEvent, ChildState
 from plugmesh.supervisor.launch import Launcher
 
@@ -130,9 +131,7 @@ async def bring_up(launcher: Launcher, stop: asyncio.Event, *, plain: bool, time
                 return True
             return False
         finally:
-            for task in (work, stopping):
-                task.cancel()
-            await asyncio.gather(work, stopping, return_exceptions=True)
+            await tasks.cancel(work, stopping)
 
 
 def show_failure(launcher: Launcher) -> None:

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 import structlog
 
 from plugmesh.errors import PlugmeshError
-from plugmesh.supervisor import logfiles, spawn
+from plugmesh.supervisor import logfiles, spawn, tasks
 
 log = structlog.get_logger()
 
@@ -200,9 +200,9 @@ class Supervisor:
                 if child.process is not None and child.process.returncode is None:
                     self._set(child, ChildState.STOPPING)
                     child.process.send_signal(signal.SIGTERM)  # the service alone: it still needs its own workers to drain
-            tasks = [c.task for c in group if c.task is not None]
-            if tasks:
-                _, late = await asyncio.wait(tasks, timeout=drain_s)
+            keepers = [c.task for c in group if c.task is not None]
+            if keepers:
+                _, late = await asyncio.wait(keepers, timeout=drain_s)
                 if late:
                     orderly = False
                     for child in group:
@@ -211,9 +211,7 @@ class Supervisor:
                             spawn.signal_group(child.process, signal.SIGKILL)
                     await asyncio.wait(late, timeout=10)
         if self._log_task is not None:
-            self._log_task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._log_task
+            await tasks.cancel(self._log_task)
         return orderly
 
     def kill(self) -> None:

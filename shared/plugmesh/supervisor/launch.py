@@ -26,7 +26,7 @@ from plugmesh.config import MeshConfig, ServiceSettings
 from plugmesh.mesh import subjects
 from plugmesh.mesh.broker import EmbeddedBroker
 from plugmesh.mesh.hostid import host_id
-from plugmesh.supervisor import http, logfiles, plan, runs
+from plugmesh.supervisor import http, logfiles, plan, runs, tasks
 from plugmesh.supervisor.children import ChildEvent, ChildSpec, ChildState, ChildStatus, RestartPolicy, Supervisor
 from plugmesh.supervisor.observe import Observer
 
@@ -109,8 +109,7 @@ class Launcher:
             if self._run is not None:
                 self._write(state="stopping")
             if self._watcher is not None:
-                self._watcher.cancel()
-                await asyncio.gather(self._watcher, return_exceptions=True)
+                await tasks.cancel(self._watcher)
             drain_s = self.config.mesh.drain_s if served else 0.0
             orderly = await self._supervisor.stop(drain_s + STOP_MARGIN_S, in_order=served)
             return (orderly or not served) and not self._killed
