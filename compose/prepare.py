@@ -125,6 +125,8 @@ def render_permissions() -> str:
 
 def base_image() -> str:
     """The image that all others start from: BASE_IMAGE, an imported one, the upstream one, or one that we import now."""
+    if not succeeds(["docker", "version"]):
+        raise StackError("no Docker engine answers: is it running, and may this user use it? (`docker version` says more)")
     if wanted := os.environ.get("BASE_IMAGE"):
         return wanted
     for name in (IMPORTED_BASE, UPSTREAM_BASE):
