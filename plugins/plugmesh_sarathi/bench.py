@@ -124,6 +124,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budgets", type=int, nargs="+", default=[32, 64, 128, 256])
     parser.add_argument("--ablation-budget", type=int, default=128)
+    parser.add_argument("--no-ablation", action="store_true", help="leave out the variants between the default and Sarathi")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtype", default="bfloat16")
@@ -132,8 +133,10 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    model = model_in_memory(*read_gguf(pull("smollm2")), dtype=args.dtype)
     made = variants(args.budgets, args.ablation_budget, args.long_prompt)
+    if args.no_ablation:
+        made = {n: b for n, b in made.items() if n.startswith(("whole prompt beside", "sarathi"))}
+    model = model_in_memory(*read_gguf(pull("smollm2")), dtype=args.dtype)
     runs: list[Run] = []
     for _ in range(args.rounds):
         for name, build in made.items():
