@@ -16,7 +16,7 @@ class Gauges:
         self._store = store
         self._arena = m.gauge("kv_arena_bytes", "Arena bytes by state; pinned is part of committed", ("state",))
         self._disk = m.gauge("kv_disk_bytes", "Bytes of blocks on disk")
-        self._blocks = m.gauge("kv_blocks", "Blocks in any tier")
+        self._blocks = m.gauge("kvstore_blocks", "Blocks in any tier")
         self._leaked = m.gauge("kv_blocks_leaked", "Arena slots with no owner, or with two")
         self._leases = m.gauge("kv_leases", "Live leases")
         self._events_waiting = m.gauge("kv_events_waiting", "Events not yet taken by the bus")
