@@ -13,6 +13,7 @@ import pytest_asyncio
 from plugmesh.mesh import subjects
 from plugmesh.mesh.broker import EmbeddedBroker
 from plugmesh.mesh.rpc import CarrierChannel, ErrorInterceptor, LocalHub, NatsCarrier, Patience, PeerWatch, RpcServer
+from plugmesh.mesh.rpc.direct import TracedChannel
 from plugmesh.mesh.rpc.flow import WINDOW_MESSAGES
 from plugmesh.testing.carriers import CarrierContract, ProbeServicer, register
 
@@ -27,7 +28,7 @@ class GrpcRig:
     def __init__(self, probe: ProbeServicer, server: grpc.aio.Server, port: int) -> None:
         self.probe = probe
         self.server = server
-        self.channels = [grpc.aio.insecure_channel(f"127.0.0.1:{port}")]
+        self.channels: list[grpc.aio.Channel] = [TracedChannel(grpc.aio.insecure_channel(f"127.0.0.1:{port}"))]
 
     def channel(self) -> grpc.aio.Channel:
         return self.channels[0]

@@ -53,10 +53,11 @@ class NatsBus:
         self._mesh = mesh
         self._listeners: set[Listener] = set()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._dropped_before = 0   # by listeners that have left
 
     @property
     def num_dropped(self) -> int:
-        return sum(listener.num_dropped for listener in self._listeners)
+        return self._dropped_before + sum(listener.num_dropped for listener in self._listeners)
 
     async def publish(self, topic: str, data: bytes) -> None:
         if len(data) > MAX_MESSAGE_BYTES:
@@ -97,7 +98,9 @@ class NatsBus:
                 u()
             undo.clear()
             listener.stop()
-            self._listeners.discard(listener)
+            if listener in self._listeners:
+                self._listeners.discard(listener)
+                self._dropped_before += listener.num_dropped
 
         return unsubscribe
 

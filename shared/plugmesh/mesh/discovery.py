@@ -17,6 +17,7 @@ import dataclasses
 import itertools
 import json
 import secrets
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +31,7 @@ from plugmesh.mesh.rpc.carrier import is_no_responders
 from plugmesh.mesh.rpc.nats_carrier import NatsCarrier
 from plugmesh.mesh.rpc.peers import PING_TOKEN
 from plugmesh.mesh.table import Entry, InstanceTable
+from plugmesh.mesh.tasks import check_cancelled, end
 from plugmesh.types import InstanceInfo
 
 log = structlog.get_logger()
@@ -142,6 +144,7 @@ class Discovery:
                 await asyncio.wait_for(self._renew_now.wait(), interval_s)
             except TimeoutError:
                 pass
+            check_cancelled()
             self._renew_now.clear()
             if self._refresh_task is not None and not self._refresh_task.done():
                 continue  # it asks for a renewal when the bucket is there
@@ -163,8 +166,6 @@ class Discovery:
     def _reincarnate(self) -> None:
         assert self.info is not None
         old = self.info.incarnation
-        import time
-
         self.info = dataclasses.replace(self.info, incarnation=new_incarnation(), started_unix_s=time.time())
         log.warning("discovery.new_incarnation", instance=self.info.instance_id, old=old, new=self.info.incarnation)
         if self.on_new_incarnation is not None:
@@ -280,7 +281,5 @@ class Discovery:
         chosen = [t for t in self._tasks if not name or t.get_name() == name]
         if not name and self._refresh_task is not None:
             chosen.append(self._refresh_task)
-        for task in chosen:
-            task.cancel()
-        await asyncio.gather(*chosen, return_exceptions=True)
+        await end(*chosen)
         self._tasks = [t for t in self._tasks if t not in chosen]

@@ -25,6 +25,7 @@ from plugmesh.mesh.discovery import Discovery, new_incarnation
 from plugmesh.mesh.hostid import host_id
 from plugmesh.mesh.rpc.carrier import Undo
 from plugmesh.mesh.rpc.channel import CarrierChannel
+from plugmesh.mesh.rpc.direct import TracedChannel
 from plugmesh.mesh.rpc.nats_carrier import NatsCarrier
 from plugmesh.mesh.rpc.peers import Patience, PeerWatch
 from plugmesh.mesh.rpc.server import RpcServer
@@ -163,7 +164,9 @@ class RealMesh:
     def direct_channel(self, info: InstanceInfo) -> grpc.aio.Channel:
         channel = self._direct.get(info.grpc_address)
         if channel is None:
-            channel = self._direct[info.grpc_address] = grpc.aio.insecure_channel(info.grpc_address, options=GRPC_OPTIONS)
+            channel = self._direct[info.grpc_address] = TracedChannel(
+                grpc.aio.insecure_channel(info.grpc_address, options=GRPC_OPTIONS)
+            )
         return channel
 
     def instances(self, role: str, *, include_suspect: bool = False) -> list[InstanceInfo]:

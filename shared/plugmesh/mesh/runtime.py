@@ -15,7 +15,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import grpc
@@ -26,6 +26,7 @@ import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from plugmesh import config as configuration
 from plugmesh import logs
@@ -36,7 +37,6 @@ from plugmesh.mesh.api import Service, ServiceContext
 from plugmesh.mesh.metrics_http import MetricsServer
 from plugmesh.mesh.real import GRPC_OPTIONS, RealMesh
 from plugmesh.mesh.rpc.interceptor import ErrorInterceptor
-from plugmesh.metrics import Metrics
 
 log = structlog.get_logger()
 
@@ -145,7 +145,7 @@ class Instance:
         self.plugins = PluginHost.load(self.config.plugin_slugs(self.role), self.config, service=self.role)
         mesh = self.mesh = await RealMesh.connect(self.config, self.role, instance_id=instance_id)
         self.registry.register(prometheus_client.ProcessCollector(registry=None))
-        _mesh_metrics(self.registry, mesh)
+        self.registry.register(_MeshCollector(mesh))  # type: ignore[arg-type]
 
         service = self.service = create(ServiceContext(self.role, mesh, self.config, settings, self.plugins, self.registry))
         notify = getattr(service, "on_new_incarnation", None)
@@ -260,16 +260,22 @@ def _public(config: MeshConfig, role: str) -> dict[str, Any]:
     }
 
 
-def _mesh_metrics(registry: prometheus_client.CollectorRegistry, mesh: RealMesh) -> None:
-    m = Metrics(registry)
-    m.gauge("mesh_connected", "1 while the broker is reachable").set_function(lambda: float(mesh.connected))
-    m.gauge("rpc_calls_running", "Calls being served over NATS").set_function(lambda: float(len(mesh.server.calls)))
-    m.gauge("rpc_calls_total", "Calls taken over NATS since the start").set_function(lambda: float(mesh.server.num_calls))
-    m.gauge("rpc_calls_failed_total", "Calls over NATS that ended with another status than OK").set_function(lambda: float(mesh.server.num_failed))
-    m.gauge("rpc_calls_refused_total", "Calls over NATS refused before a handler ran").set_function(lambda: float(mesh.server.num_refused))
-    m.gauge("rpc_pipes", "Calls over NATS, served and made, that are running").set_function(lambda: float(mesh.peers.num_pipes))
-    m.gauge("bus_dropped_total", "Events dropped because a subscriber was slow").set_function(lambda: float(mesh.bus.num_dropped))
-    m.gauge("nats_disconnects_total", "Times the broker connection broke").set_function(lambda: float(mesh.carrier.num_disconnects))
+class _MeshCollector:
+    """What the runtime counts anyway, read when somebody asks."""
+
+    def __init__(self, mesh: RealMesh) -> None:
+        self.mesh = mesh
+
+    def collect(self) -> Iterator[prometheus_client.Metric]:
+        mesh = self.mesh
+        yield GaugeMetricFamily("plugmesh_mesh_connected", "1 while the broker is reachable", value=float(mesh.connected))
+        yield GaugeMetricFamily("plugmesh_rpc_calls_running", "Calls being served over NATS", value=len(mesh.server.calls))
+        yield GaugeMetricFamily("plugmesh_rpc_pipes", "Ends of running calls over NATS, served and made", value=mesh.peers.num_pipes)
+        yield CounterMetricFamily("plugmesh_rpc_calls", "Calls that arrived over NATS", value=mesh.server.num_calls)
+        yield CounterMetricFamily("plugmesh_rpc_calls_failed", "Calls over NATS that ended with another status than OK", value=mesh.server.num_failed)
+        yield CounterMetricFamily("plugmesh_rpc_calls_refused", "Calls over NATS refused before a handler ran", value=mesh.server.num_refused)
+        yield CounterMetricFamily("plugmesh_bus_dropped", "Events dropped because a subscriber was slow", value=mesh.bus.num_dropped)
+        yield CounterMetricFamily("plugmesh_nats_disconnects", "Times the connection to the broker broke", value=mesh.carrier.num_disconnects)
 
 
 async def _unless(event: asyncio.Event, work: Awaitable[Any]) -> bool:

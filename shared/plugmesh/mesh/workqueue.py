@@ -16,6 +16,7 @@ from plugmesh.mesh import subjects
 from plugmesh.mesh.api import Job
 from plugmesh.mesh.rpc.frames import MAX_MESSAGE_BYTES
 from plugmesh.mesh.rpc.nats_carrier import NatsCarrier
+from plugmesh.mesh.tasks import check_cancelled
 
 log = structlog.get_logger()
 
@@ -125,6 +126,7 @@ class NatsWorkQueue:
                 await slots.acquire()
                 message = None
                 while message is None:
+                    check_cancelled()
                     try:
                         if subscription is None:
                             subscription = await self._subscribe(ack_wait_s)
@@ -139,6 +141,11 @@ class NatsWorkQueue:
                             subscription = None
                             self._ready = False
                         await asyncio.sleep(0.25)
+                try:
+                    check_cancelled()
+                except asyncio.CancelledError:
+                    await message.nak()
+                    raise
                 yield NatsJob(message, slots)
         finally:
             if subscription is not None:

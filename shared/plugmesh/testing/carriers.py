@@ -490,6 +490,16 @@ class CarrierContract:
 
         assert told["traceparent"] == here
 
+    async def test_trace_context_of_the_caller_is_passed_on_by_itself(self, rig: Rig) -> None:
+        here = trace.new()
+        token = trace.traceparent.set(here)
+        try:
+            told = json.loads(await ProbeStub(rig.channel()).unary(ask(tell=1), timeout=WAIT_S))
+        finally:
+            trace.traceparent.reset(token)
+
+        assert told["traceparent"] == here
+
     # --- deadlines ------------------------------------------------------------------------------------------------
 
     async def test_deadline_ends_the_call_on_both_sides(self, rig: Rig) -> None:

@@ -19,6 +19,7 @@ import structlog
 from plugmesh.errors import DataLoss, PlugmeshError, Unavailable
 from plugmesh.mesh.rpc import frames
 from plugmesh.mesh.rpc.carrier import UNKNOWN, Carrier, is_no_responders
+from plugmesh.mesh.tasks import end
 
 if TYPE_CHECKING:
     from plugmesh.mesh.rpc.pipe import Pipe
@@ -73,8 +74,7 @@ class PeerWatch:
     async def stop(self) -> None:
         self._undo()
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            await end(self._task)
             self._task = None
 
     def opened(self, pipe: Pipe) -> None:

@@ -215,11 +215,16 @@ async def test_a_taken_port_is_a_configuration_error(processes: Processes) -> No
     assert code == 2 and "services.probe.grpc_port" in text.strip().splitlines()[-1]
 
 
-async def test_a_failing_start_and_a_missing_broker_exit_with_1(processes: Processes) -> None:
+async def test_a_failing_start_exits_with_1(processes: Processes) -> None:
     code, text = await processes.rest(await processes.start(fail=True))
+
     assert code == 1 and text.strip().splitlines()[-1] == "plugmesh probe: told to fail"
 
+
+@pytest.mark.slow
+async def test_a_missing_broker_exits_with_1(processes: Processes) -> None:
     code, text = await processes.rest(await processes.start(nats_url="nats://127.0.0.1:9"))
+
     assert code == 1 and "cannot reach the broker at nats://127.0.0.1:9" in text
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import pathlib
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -86,7 +87,7 @@ async def test_permissions_cover_all_traffic_of_every_role(broker: EmbeddedBroke
                     await job.in_progress()
                     await job.done()
                 await taking.aclose()
-                assert await meshes[consumer].queue(spec.name).depth() == 0
+                await until_async(meshes[consumer].queue(spec.name).depth, 0)
         for topic, roles in subjects.TOPICS.items():
             for role in roles:
                 await meshes[role].publish(topic, b"event")
@@ -244,7 +245,7 @@ async def test_jobs_come_again_until_they_are_done(broker: EmbeddedBroker) -> No
             await job.in_progress()
         await job.done()
 
-        assert await prefill.queue("prefill").depth() == 0
+        await until_async(prefill.queue("prefill").depth, 0)
         await taking.aclose()
 
 
@@ -257,7 +258,7 @@ async def test_job_of_a_worker_that_vanished_goes_to_another(broker: EmbeddedBro
 
         assert (again.data, again.num_deliveries) == (b"a", 2)
         await again.drop()
-        await until_async(lambda: decode.queue("prefill").depth(), 0)
+        await until_async(decode.queue("prefill").depth, 0)
 
 
 async def test_workers_share_jobs_within_their_limits(broker: EmbeddedBroker) -> None:
@@ -329,11 +330,15 @@ async def test_a_slow_subscriber_loses_and_counts(broker: EmbeddedBroker) -> Non
 # --- the broker goes away ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", ["stop", "kill"])
+@pytest.mark.parametrize("how", [pytest.param("stop", marks=pytest.mark.slow), "kill"])
 async def test_full_function_returns_after_the_broker_does(broker: EmbeddedBroker, how: str) -> None:
     probe = ProbeServicer()
     left: list[str] = []
-    async with member(broker, "decode", probe=probe) as decode, member(broker, "gateway") as gateway, member(broker, "prefill") as prefill:
+    async with (
+        member(broker, "decode", probe=probe, lease_ttl_s=1.5) as decode,
+        member(broker, "gateway", lease_ttl_s=1.5) as gateway,
+        member(broker, "prefill", lease_ttl_s=1.5) as prefill,
+    ):
         gateway.watch(lambda event, i: left.append(event) if event == "left" else None)
         await until(lambda: len(gateway.instances("decode")) == 1)
         await decode.queue("prefill").put(b"before")
@@ -387,10 +392,13 @@ async def test_a_paused_broker_delays_and_loses_nothing(broker: EmbeddedBroker) 
         call = stub.unary(ask(wait=1, echo="late"), timeout=30)
         await soon(probe.started)
         broker.pause()
-        probe.go.set()
-        await asyncio.sleep(1.0)
-        assert not call.done()
-        broker.resume()
+        try:
+            await until(lambda: all(pathlib.Path(t, "stat").read_text().split()[2] == "T" for t in pathlib.Path(f"/proc/{broker.pid}/task").iterdir()))
+            probe.go.set()
+            await asyncio.sleep(1.0)
+            assert not call.done()
+        finally:
+            broker.resume()
 
         assert await call == b"late"
 

@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator
 
 import grpc
 import grpc.aio
-import pytest
 import pytest_asyncio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
