@@ -363,8 +363,8 @@ class Generator:
             g.deadline.cancel()
         if g.task is not None and g.task is not asyncio.current_task():
             g.task.cancel()
-        self.driver.cancel(request_id)  # no-op for one that ended by itself
-        self._unpin(g)
+        pins, g.pins = g.pins, []
+        self.driver.cancel(request_id, then=lambda: release(pins))  # no-op for one that ended by itself
         if not self._live:
             self._idle.set()
         self._counters.requests.labels(reason).inc()
@@ -379,8 +379,13 @@ class Generator:
 
     def _unpin(self, g: Generation) -> None:
         pins, g.pins = g.pins, []
-        for client, refs in pins:
-            client.release_nowait(refs)
+        release(pins)
+
+
+def release(pins: Sequence[tuple[KvClient, list[BlockRef]]]) -> None:
+    """Gives blocks back to their stores."""
+    for client, refs in pins:
+        client.release_nowait(refs)
 
 
 def error_row(request_id: str, error: PlugmeshError) -> pb.TokenRow:

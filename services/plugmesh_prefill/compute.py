@@ -142,10 +142,8 @@ class PrefillRunner:
                 )
             self.num_done += 1
         finally:
-            self.driver.cancel(job.job_id)
-            self.driver.release(job.job_id)
-            if state.pins:
-                await kv.release(state.pins)
+            pins = state.pins
+            self.driver.cancel(job.job_id, then=lambda: kv.release_nowait(pins))
             del self._jobs[job.job_id]
             if not self._jobs:
                 self._idle.set()

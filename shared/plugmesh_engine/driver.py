@@ -80,13 +80,19 @@ class EngineDriver:
         """Adds a request before the next step. Raises what `Engine.add` raises."""
         await self.call(lambda engine: engine.add(request))
 
-    def cancel(self, request_id: str, sequence: int | None = None) -> None:
-        """Frees a request or one of its sequences before the next step. Unknown ids are ignored."""
-        self._post(lambda engine: engine.cancel(request_id, sequence))
+    def cancel(self, request_id: str, sequence: int | None = None, *, then: Callable[[], None] | None = None) -> None:
+        """Frees a request or one of its sequences before the next step; a finished prefill-only one lets go of its blocks.
 
-    def release(self, request_id: str) -> None:
-        """Lets go of the blocks of a finished prefill-only request."""
-        self._post(lambda engine: engine.release(request_id))
+        Unknown ids are ignored. `then` is called in the event loop afterwards: from then on the engine reads no buffer of
+        `EngineRequest.kv`, so that they can be given back.
+        """
+
+        def command(engine: Engine) -> None:
+            engine.cancel(request_id, sequence)
+            if then is not None:
+                self._deliver(then)
+
+        self._post(command)
 
     async def call(self, work: Callable[[Engine], R]) -> R:
         """Runs `work` on the engine's thread between two steps and returns its result."""
