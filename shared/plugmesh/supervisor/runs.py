@@ -191,7 +191,7 @@ def _lock(path: pathlib.Path, name: str, folder: pathlib.Path) -> int:
 
 def sweep(name: str, folder: pathlib.Path) -> int:
     """Removes what a killed supervisor of this mesh left: its record, its folder, shared memory. Returns how much it removed."""
-    num_removed = 0
+    num_removed = remove_shm(dead_shm())
     path = folder / f"{name}.json"
     run = _read(path)
     if run is not None and not run.alive():
@@ -238,6 +238,16 @@ def remove_run_dir(path: pathlib.Path) -> None:
 
 def _is_ours(path: pathlib.Path) -> bool:
     return (path / _MARK).is_file() and path.stat().st_uid == os.getuid()
+
+
+def dead_shm() -> tuple[str, ...]:
+    """Shared memory of this user whose supervisor, named by the number at its end, lives no more; of any mesh and user folder."""
+    found = []
+    for path in SHM.glob("plugmesh-*-*"):
+        pid = path.name.rpartition("-")[2]
+        if pid.isdecimal() and process_start(int(pid)) == 0:
+            found.append(str(path))
+    return tuple(found)
 
 
 def remove_shm(paths: tuple[str, ...]) -> int:

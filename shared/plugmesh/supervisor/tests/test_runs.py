@@ -112,3 +112,19 @@ def test_the_user_folder_follows_the_environment(tmp_path: pathlib.Path) -> None
     assert runs.user_dir({"XDG_RUNTIME_DIR": str(tmp_path)}) == tmp_path / "plugmesh"
     assert runs.user_dir({"HOME": str(tmp_path)}) == tmp_path / ".cache/plugmesh/run"
     assert runs.user_dir({"XDG_RUNTIME_DIR": str(tmp_path / "absent"), "HOME": str(tmp_path)}) == tmp_path / ".cache/plugmesh/run"
+
+
+def test_shared_memory_of_dead_supervisors_is_removed_and_of_living_ones_kept(folder: pathlib.Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        ended.wait(30)
+    token = secrets.token_hex(4)
+    dead, alive, foreign = (runs.SHM / f"plugmesh-{token}-x-{end}" for end in (ended.pid, os.getpid(), "notes"))
+    for path in (dead, alive, foreign):
+        path.mkdir(mode=0o700)
+    try:
+        runs.sweep("another-mesh", folder)
+
+        assert [False, True, True] == [p.exists() for p in (dead, alive, foreign)]
+    finally:
+        for path in (alive, foreign):
+            path.rmdir()
