@@ -28,6 +28,7 @@ from plugmesh.kv.client import KvClient
 from plugmesh.kv.stores import KvStores
 from plugmesh.mesh.api import Mesh
 from plugmesh.records import PrefillPolicyRecord
+from plugmesh.tracing import TRACING, Span
 from plugmesh.types import BLOCK_TOKENS, FinishReason, SamplingParams, TokenInfo, Usage, block_chain
 from plugmesh.wire import (
     error_to_pb,
@@ -68,6 +69,7 @@ class Generation:
     task: asyncio.Task[None] | None = None
     deadline: asyncio.TimerHandle | None = None
     in_engine: bool = False
+    span: Span = field(default_factory=lambda: Span(""))
 
 
 class Generator:
@@ -103,6 +105,9 @@ class Generator:
             self._counters.requests.labels("refused").inc()
             session.put(0, [error_row(request.request_id, e)])
             return
+        generation.span = TRACING.start(
+            "decode.request", request.trace.get("traceparent", ""), request_id=request.request_id, num_prompt_tokens=len(request.token_ids)
+        )
         self._live[request.request_id] = generation
         session.request_ids.add(request.request_id)
         self._idle.clear()
@@ -187,7 +192,7 @@ class Generator:
             job_id=f"{request.request_id}@{self.mesh.self_info.incarnation}", request_id=request.request_id, model=self.layout.model,
             token_ids=request.token_ids, sampling=request.sampling, layout=layout_to_pb(self.layout),
             deadline_unix_s=request.deadline_unix_s or time.time() + 600, reply_instance=self.mesh.self_info.instance_id,
-            reply_incarnation=self.mesh.self_info.incarnation, trace=dict(request.trace),
+            reply_incarnation=self.mesh.self_info.incarnation, trace=g.span.carrier,
         )
         try:
             event = await self.remote.compute(job, request.prefill_instance)
@@ -368,6 +373,7 @@ class Generator:
         if not self._live:
             self._idle.set()
         self._counters.requests.labels(reason).inc()
+        g.span.end(error=code, reason=reason, prefill=g.prefill, num_generated_tokens=g.num_generated)
         self.plugins.observe(
             "on_request_finished", request_id=request_id, finish_reason=reason,
             num_prompt_tokens=len(g.request.token_ids), num_generated_tokens=g.num_generated,

@@ -13,6 +13,7 @@ from plugmesh.errors import AlreadyExists, Cancelled, DeadlineExceeded, Plugmesh
 from plugmesh.host import PluginHost
 from plugmesh.limits import check_sampling, check_token_ids, fit_context
 from plugmesh.mesh.api import Mesh
+from plugmesh.tracing import TRACING, Span
 
 from .admit import Admission, Ticket
 from .config import Settings
@@ -103,6 +104,8 @@ class Gateway:
             PlugmeshError: Refused; nothing was started.
         """
         arrived = time.monotonic()
+        span = TRACING.start("gateway.request", wanted.trace.get("traceparent", ""), request_id=wanted.request_id, route=wanted.route)
+        wanted = dataclasses.replace(wanted, trace=span.carrier)
         if wanted.request_id in self._running:
             raise AlreadyExists(f"request id {wanted.request_id!r} is in use", param="request_id")
         deadline = arrived + min(wanted.timeout_s or self.settings.request_timeout_s, self.settings.request_timeout_s)
@@ -126,12 +129,13 @@ class Gateway:
             held = ticket
             generation = Generation(
                 self.engine, request_id=wanted.request_id, route=wanted.route, arrived=arrived, deadline=deadline,
-                on_end=lambda g: self._on_end(g, held))
+                on_end=lambda g: self._on_end(g, held, span))
             self._running[wanted.request_id] = generation
             generation.start(prompts, instances)
             return Accepted(generation, model, echoes)
         except BaseException as error:
             e = DeadlineExceeded("the deadline passed before the request could start") if isinstance(error, TimeoutError) else error
+            span.end(error=e.code if isinstance(e, PlugmeshError) else type(e).__name__)
             if ticket is not None:
                 ticket.release()
             if self._running.get(wanted.request_id) is None:
@@ -190,7 +194,11 @@ class Gateway:
         self.metrics.frames.inc()
         self.texts.flush()
 
-    def _on_end(self, generation: Generation, ticket: Ticket) -> None:
+    def _on_end(self, generation: Generation, ticket: Ticket, span: Span) -> None:
+        span.end(
+            error=generation.error.code if generation.error else "", num_prompt_tokens=generation.num_prompt_tokens,
+            num_generated_tokens=generation.num_completion_tokens, num_migrations=generation.num_migrations,
+        )
         ticket.release()
         self._forget(generation.request_id)
         error = generation.error

@@ -25,6 +25,7 @@ from plugmesh.kv import BlockRef
 from plugmesh.kv.client import KvClient
 from plugmesh.kv.stores import KvStores
 from plugmesh.records import HandOver, KvHandOverRecord
+from plugmesh.tracing import TRACING
 from plugmesh.types import BLOCK_TOKENS, TokenInfo, block_chain
 from plugmesh.wire import layout_from_pb, sampling_from_pb, token_to_pb
 from plugmesh_engine import Engine, EngineRequest, KvSource, StepOutput
@@ -101,6 +102,7 @@ class PrefillRunner:
         state = _Job(job.job_id)
         self._jobs[job.job_id] = state
         self._idle.clear()
+        span = TRACING.start("prefill.job", job.trace.get("traceparent", ""), request_id=job.request_id, num_prompt_tokens=len(ids))
         held: list[ExportedBlock] = []
         first: list[TokenInfo] = []
         num_done = 0
@@ -147,6 +149,7 @@ class PrefillRunner:
             del self._jobs[job.job_id]
             if not self._jobs:
                 self._idle.set()
+            span.end(error="" if first else "incomplete", num_tokens_done=num_done)
             log.info(
                 "prefill.finished", request_id=job.request_id, num_tokens=len(ids), num_tokens_done=num_done,
                 total_ms=round(1000 * (time.monotonic() - started), 1),

@@ -65,6 +65,7 @@ class MeshSettings(StrictModel):
     lease_ttl_s: float = pydantic.Field(5.0, gt=0.5, le=120)
     drain_s: float = pydantic.Field(30.0, ge=0, le=3600)
     log_level: str = pydantic.Field("info", pattern="^(debug|info|warning|error)$")
+    otlp_endpoint: str = ""                    # OTLP/HTTP address for spans, "http://127.0.0.1:4318/v1/traces"; empty: none
     nats: NatsSettings = NatsSettings()
 
 

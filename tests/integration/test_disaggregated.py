@@ -9,6 +9,7 @@ import random
 import time
 
 import pytest
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from plugmesh.config import MeshConfig
 from plugmesh.hookspecs import hookimpl
@@ -16,6 +17,7 @@ from plugmesh.mesh.api import Binding
 from plugmesh.mesh.hostid import host_id
 from plugmesh.records import HandOver, KvHandOverRecord, PrefillPolicyRecord
 from plugmesh.testing.local_mesh import LocalMesh
+from plugmesh.tracing import TRACING
 from plugmesh.types import SamplingParams, block_chain
 from plugmesh.wire import layout_to_pb, sampling_to_pb
 from plugmesh_decode import config as decode_config
@@ -403,3 +405,39 @@ async def test_a_prefill_policy_that_raises_costs_its_request_a_typed_error(rig)
 
     assert ("plugin_error", "bad") == (rows[-1].error.code, rows[-1].error.fields["plugin"])
     assert rig.alone(prompt(30)) == tokens(fine)
+
+
+PARENT = "00-0123456789abcdef0123456789abcdef-0123456789abcdef-01"
+
+
+@pytest.fixture
+def exported():
+    exporter = InMemorySpanExporter()
+    TRACING.configure("", service="test", instance="t0", exporter=exporter)
+    yield exporter
+    TRACING.close()
+
+
+async def test_a_request_leaves_linked_spans_in_decode_and_prefill(rig, exported):
+    request = rig.request("traced", prompt(70))
+    request.trace["traceparent"] = PARENT
+    await rig.generate(request)
+    await rig.baseline()
+    spans = {s.name: s for s in exported.get_finished_spans()}
+
+    assert {"decode.request", "prefill.job"} == set(spans)
+    decode, prefill = spans["decode.request"], spans["prefill.job"]
+    assert PARENT[3:35] == f"{decode.context.trace_id:032x}" == f"{prefill.context.trace_id:032x}"
+    assert PARENT[36:52] == f"{decode.parent.span_id:016x}"
+    assert decode.context.span_id == prefill.parent.span_id
+    assert decode.start_time <= prefill.start_time < prefill.end_time
+    assert (70, "remote") == (decode.attributes["plugmesh.num_prompt_tokens"], decode.attributes["plugmesh.prefill"])
+
+
+async def test_a_failed_request_ends_its_span_with_the_error_code(rig, exported):
+    request = rig.request("late", prompt(20), remote=False, max_tokens=1500)
+    request.deadline_unix_s = time.time() + 0.2
+    await rig.generate(request)
+    (span,) = exported.get_finished_spans()
+
+    assert "deadline_exceeded" == span.status.description

@@ -37,6 +37,7 @@ from plugmesh.mesh.api import Service, ServiceContext
 from plugmesh.mesh.metrics_http import MetricsServer
 from plugmesh.mesh.real import GRPC_OPTIONS, RealMesh
 from plugmesh.mesh.rpc.interceptor import ErrorInterceptor
+from plugmesh.tracing import TRACING
 
 log = structlog.get_logger()
 
@@ -140,6 +141,7 @@ class Instance:
         settings: ServiceSettings = self.settings
         instance_id = settings.instance_id or f"{self.role}-{secrets.token_hex(4)}"
         logs.configure(mesh_settings.log_level, service=self.role, instance=instance_id)
+        TRACING.configure(mesh_settings.otlp_endpoint, service=self.role, instance=instance_id)
         log.info("service.starting", pid=os.getpid(), config=_public(self.config, self.role))
         create = self._create or _import(f"plugmesh_{self.role}.service").create
         self.plugins = PluginHost.load(self.config.plugin_slugs(self.role), self.config, service=self.role)
@@ -218,6 +220,7 @@ class Instance:
         if self.mesh is not None:
             await _step("mesh", self.mesh.close())
             self.mesh = None
+        await asyncio.to_thread(TRACING.close)
         log.info("service.stopped")
 
     async def _start_grpc(self, bindings: list[Any], host: str, port: int) -> int:
