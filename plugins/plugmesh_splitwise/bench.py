@@ -3,7 +3,7 @@
     python -m plugmesh_splitwise.bench [--rounds 3] [--json FILE]
 
 Starts two real meshes on the default model, one thread per engine, and runs the same work on them in turn: four streams decode
-while prompts of about 1,000 tokens arrive one after another. "co-located" computes every prompt in the decode instance, whole;
+while prompts of about 2,000 tokens arrive one after another. "co-located" computes every prompt in the decode instance, whole;
 "split" sends it to the prefill instance. Both have the same processes, so the split mesh uses a second core where the
 co-located one leaves it idle: the comparison is of interference, not of throughput per core.
 """
