@@ -153,9 +153,16 @@ async def pause(pid: int, seconds: float) -> None:
         os.kill(pid, signal.SIGCONT)
 
 
+def num_migrated(mesh: Cluster) -> float:
+    return mesh.metric(mesh.instances("gateway")[0], "plugmesh_gateway_migrated_total")
+
+
 @pytest.mark.parametrize("role", ["decode", "tokenizer", "kvstore", "weightstore"])
 async def test_streams_survive_the_kill_of_an_instance(mesh, role):
+    before = num_migrated(mesh)
     await disturb(mesh, lambda: mesh.kill(role), PROMPTS)
+
+    assert (num_migrated(mesh) > before) == (role == "decode")  # so the fault did hit running streams
 
 
 @pytest.mark.parametrize("role", ["decode", "tokenizer", "kvstore"])

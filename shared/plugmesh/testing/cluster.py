@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import prometheus_client.parser
@@ -34,10 +34,14 @@ class Cluster:
         folder: Private to this mesh: configuration, data, runtime files and the log of `plugmesh up`.
         config: Nested tables as in mesh.toml. Host, folders and ports are filled in.
         cache_dir: Where model files lie; shared between meshes.
+        arguments: Further ones for `plugmesh up`.
     """
 
-    def __init__(self, folder: pathlib.Path, config: Mapping[str, Any], *, cache_dir: pathlib.Path | None = None) -> None:
+    def __init__(
+        self, folder: pathlib.Path, config: Mapping[str, Any], *, cache_dir: pathlib.Path | None = None, arguments: Sequence[str] = ()
+    ) -> None:
         self.folder = folder
+        self._arguments = tuple(arguments)
         self._env = {k: v for k, v in os.environ.items() if not k.startswith("PLUGMESH_")}
         runtime = folder / "xdg"
         runtime.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -55,7 +59,7 @@ class Cluster:
         """Starts the mesh and waits until it can serve a first token. Raises AssertionError with the log when it does not."""
         log = (self.folder / "up.log").open("wb")
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "plugmesh.cli", "up", "--config", str(self.folder / "mesh.toml")],
+            [sys.executable, "-m", "plugmesh.cli", "up", "--config", str(self.folder / "mesh.toml"), *self._arguments],
             env=self._env, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, cwd=self.folder,
         )  # fmt: skip
         log.close()
@@ -85,6 +89,12 @@ class Cluster:
             self._process.kill()
             self._process.wait(10)
             raise AssertionError(f"plugmesh up did not stop within {timeout_s:g} s:\n{self.log()}") from None
+
+    def command(self, *arguments: str) -> subprocess.Popen[bytes]:
+        """Another `plugmesh` command of the same user, which finds this mesh by itself."""
+        return subprocess.Popen(
+            [sys.executable, "-m", "plugmesh.cli", *arguments], env=self._env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=self.folder
+        )
 
     @property
     def supervisor_pid(self) -> int:
@@ -141,16 +151,13 @@ class Cluster:
         return next(p for p in self.descendants() if "nats-server" in p.name())
 
     def metric(self, instance: Mapping[str, Any], name: str, **labels: str) -> float:
-        """One sample from an instance's metrics page; 0 when it was never set."""
+        """The sum of a metric's samples with these labels, from an instance's metrics page; 0 when it was never set."""
         address = instance["metrics_address"]
         url = address if address.startswith("http") else f"http://{address}/metrics"
         with urllib.request.urlopen(url, timeout=10) as response:  # an address from our own registry
             text = response.read().decode()
-        for family in prometheus_client.parser.text_string_to_metric_families(text):
-            for sample in family.samples:
-                if sample.name == name and all(sample.labels.get(k) == v for k, v in labels.items()):
-                    return float(sample.value)
-        return 0.0
+        samples = [s for family in prometheus_client.parser.text_string_to_metric_families(text) for s in family.samples]
+        return sum(float(s.value) for s in samples if s.name == name and all(s.labels.get(k) == v for k, v in labels.items()))
 
     def kill(self, role: str, number: signal.Signals = signal.SIGKILL, index: int = 0) -> int:
         """Sends a signal to an instance of a role; returns its process id."""
