@@ -18,6 +18,7 @@ from plugmesh.types import InstanceInfo
 
 EXIT_INCOMPLETE = 3
 CONNECT_TIMEOUT_S = 5.0
+WIDE_COLUMNS = 130  # narrower terminals get no process ids, addresses and models; --json always has them
 
 
 def run_status(*, as_json: bool, mesh: str | None, config: pathlib.Path | None, nats: str) -> int:
@@ -84,20 +85,26 @@ def _show(name: str, run: runs.MeshRun | None, nats_url: str, instances: list[In
     else:
         facts.append(f"[dim]{nats_url}[/]")
     output.out.print("   ".join(facts), soft_wrap=True)
+    wide = output.out.width >= WIDE_COLUMNS
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
     for title in ("role", "instance", "state"):
         table.add_column(title, no_wrap=True)
     table.add_column("up", justify="right", no_wrap=True)
-    table.add_column("pid", justify="right", no_wrap=True)
-    table.add_column("gRPC", no_wrap=True)
-    for title in ("load", "model", "plugins"):
-        table.add_column(title, overflow="fold")
+    if wide:
+        table.add_column("pid", justify="right", no_wrap=True)
+        table.add_column("gRPC", no_wrap=True)
+    table.add_column("load", overflow="fold")
+    if wide:
+        table.add_column("model", overflow="fold")
+    table.add_column("plugins", overflow="fold")
     table.add_column("version", no_wrap=True)
     for i in sorted(instances, key=lambda i: (SERVICE_NAMES.index(i.role) if i.role in SERVICE_NAMES else 99, i.instance_id)):
         model = " ".join(x for x in (i.model, f"[dim]{i.weight_version[:12]}[/]" if i.weight_version else "") if x)
+        plugins = ", ".join(f"{s} [dim]{v}[/]" for s, v in i.plugins.items()) or "[dim]none[/]"
         table.add_row(
-            f"[bold]{i.role}[/]", escape(i.instance_id), f"[{_STATES.get(i.state, 'yellow')}]{i.state}[/]", _age(i.started_unix_s),
-            str(i.pid), i.grpc_address, load_text(i), model, ", ".join(f"{s} [dim]{v}[/]" for s, v in i.plugins.items()) or "[dim]none[/]", i.version,
+            f"[bold]{i.role}[/]", escape(i.instance_id.removeprefix(f"{i.role}-") if not wide else i.instance_id),
+            f"[{_STATES.get(i.state, 'yellow')}]{i.state}[/]", _age(i.started_unix_s), *([str(i.pid), i.grpc_address] if wide else []),
+            load_text(i), *([model] if wide else []), plugins, i.version,
         )  # fmt: skip
     output.out.print(table)
     if missing:
