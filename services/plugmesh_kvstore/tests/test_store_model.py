@@ -217,7 +217,7 @@ class StoreMachine(RuleBasedStateMachine):
                 self.store.pin(lease, block)
                 holder.pinned.append(block.block_id)
                 holder.views.append(block)
-            elif not block.busy:
+            elif not block.busy and block.place is not None:  # nobody holds it here: an earlier load may have pushed it out
                 slot = self.store.begin_load(block)
                 if slot is not None:
                     begun.append((block, slot))
