@@ -68,13 +68,17 @@ class Cluster:
     def _is_up(self) -> bool:
         assert self._process is not None
         assert self._process.poll() is None, f"plugmesh up ended with {self._process.returncode}:\n{self.log()}"
-        return "plugmesh status" in self.log()
+        return "plugmesh status" in self._output()
+
+    def _output(self) -> str:
+        return (self.folder / "up.log").read_text(errors="replace")
 
     def log(self) -> str:
         """What `plugmesh up` printed, and the ends of the services' logs."""
-        parts = [(self.folder / "up.log").read_text(errors="replace")]
-        for path in sorted(self.folder.glob("xdg/**/*.log")):
-            parts.append(f"--- {path.name}\n" + "\n".join(path.read_text(errors="replace").splitlines()[-15:]))
+        parts = [self._output()]
+        with contextlib.suppress(FileNotFoundError):  # a mesh that stops removes its folder while we look
+            for path in sorted(self.folder.glob("xdg/plugmesh/*/logs/*.log")):
+                parts.append(f"--- {path.name}\n" + "\n".join(path.read_text(errors="replace").splitlines()[-15:]))
         return "\n".join(parts)
 
     def stop(self, timeout_s: float = 60.0) -> int:
