@@ -150,9 +150,13 @@ class Cluster:
     def base_url(self) -> str:
         return self.run_record()["gateway_url"].rstrip("/") + "/v1"
 
-    def broker(self) -> psutil.Process:
-        """The broker's process."""
-        return next(p for p in self.descendants() if "nats-server" in p.name())
+    def broker(self) -> psutil.Process | None:
+        """The broker's process; None while there is none."""
+        for process in self.descendants():
+            with contextlib.suppress(psutil.NoSuchProcess):  # it may end while we look
+                if "nats-server" in process.name() and process.status() != psutil.STATUS_ZOMBIE:
+                    return process
+        return None
 
     def metric(self, instance: Mapping[str, Any], name: str, **labels: str) -> float:
         """The sum of a metric's samples with these labels, from an instance's metrics page; 0 when it was never set."""
