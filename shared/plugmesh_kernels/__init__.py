@@ -1,0 +1,1 @@
+"""Native kernels for language models on a CPU, and the packing of weights for them."""
