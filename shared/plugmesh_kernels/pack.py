@@ -102,7 +102,7 @@ def packed_pieces(stored: str, data: np.ndarray, n: int, k: int, dtype: str | No
             padded[: len(part), : part.shape[1]] = part
             part = padded
         # (row blocks, 16, elements along K): from here on only the last two axes trade places.
-        packed = packer(part.reshape(-1, ROWS, part.shape[1]))
+        packed = packer(part.reshape(len(part) // ROWS, ROWS, part.shape[1]))
         yield packed.reshape(-1)
 
 
