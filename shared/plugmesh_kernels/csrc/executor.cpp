@@ -1,0 +1,549 @@
+#include "executor.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <exception>
+#include <tuple>
+
+namespace pm {
+namespace {
+
+constexpr int TOKEN_CHUNK = 256;  // rows of activations that stay in the second-level cache beside a unit's weights
+constexpr int SMALL_STEP = 2;     // up to so many rows every thread normalises and encodes for itself: that costs less than a barrier
+constexpr int ROW_UNIT = 8;       // rows that one claim normalises and encodes
+constexpr int QUERY_TILE = 32;    // rows of a prompt that attend together
+constexpr int HEAD_BLOCKS = 32;   // row blocks of the head per unit
+
+int num_units(int n, int per_unit) { return (n + per_unit - 1) / per_unit; }
+
+}  // namespace
+
+// ---- activations -----------------------------------------------------------------------------------------------------------------------------------
+
+void Executor::InputBuffer::want(const Linear& l) {
+  k = l.weight.k;
+  if (l.foreign) {
+    f32 = true;
+    return;
+  }
+  switch (l.weight.type) {
+    case WeightType::Q4_1:
+    case WeightType::Q8_0: q8 = true; break;
+    case WeightType::BF16: bf16 = true; break;
+    case WeightType::F32: f32 = true; break;
+  }
+}
+
+void Executor::InputBuffer::resize(int t) {
+  const size_t kp = round_up(k, INPUT_GROUP), rows = size_t(t);
+  size_t total = 64;
+  const auto piece = [&](size_t bytes) {
+    const size_t at = total;
+    total += (bytes + 63) / 64 * 64;
+    return at;
+  };
+  const size_t at_q = piece(q8 ? rows * kp : 0), at_scale = piece(q8 ? rows * (kp / INPUT_GROUP) * 4 : 0);
+  const size_t at_sum = piece(q8 ? rows * (kp / GROUP) * 4 : 0), at_init = piece(q8 ? rows * (kp / GROUP) * 4 : 0);
+  const size_t at_bf16 = piece(bf16 ? rows * kp * 2 : 0), at_f32 = piece(f32 ? rows * kp * 4 : 0);
+  if (memory.size() < total) memory.resize(total);
+  uint8_t* base = memory.data();
+  base += (64 - reinterpret_cast<uintptr_t>(base) % 64) % 64;
+  base -= 64;  // offsets start at 64
+  view.t = t;
+  view.k = k;
+  view.q = q8 ? reinterpret_cast<int8_t*>(base + at_q) : nullptr;
+  view.scale = q8 ? reinterpret_cast<float*>(base + at_scale) : nullptr;
+  view.sum = q8 ? reinterpret_cast<float*>(base + at_sum) : nullptr;
+  view.init = q8 ? reinterpret_cast<int32_t*>(base + at_init) : nullptr;
+  view.bf16 = bf16 ? reinterpret_cast<uint16_t*>(base + at_bf16) : nullptr;
+  view.f32 = f32 ? reinterpret_cast<float*>(base + at_f32) : nullptr;
+}
+
+Input Executor::InputBuffer::rows(int first, int num) const {
+  Input part = view;
+  const size_t kp = view.kp(), row = first;
+  part.t = num;
+  if (part.q) {
+    part.q += row * kp;
+    part.scale += row * (kp / INPUT_GROUP);
+    part.sum += row * (kp / GROUP);
+    part.init += row * (kp / GROUP);
+  }
+  if (part.bf16) part.bf16 += row * kp;
+  if (part.f32) part.f32 += row * kp;
+  return part;
+}
+
+// Encodes k floats at column `first` (a multiple of 64) of a row; the rest of the last piece becomes zero.
+static void encode(const LinearKernels* kernels, const float* x, int first, int k, const Input& to, int row) {
+  const int kp = to.kp(), width = round_up(k, INPUT_GROUP);
+  if (to.q) {
+    const size_t group = size_t(row) * (kp / GROUP) + first / GROUP;
+    kernels->quantize_row(x, k, width, to.q + size_t(row) * kp + first, to.scale + size_t(row) * (kp / INPUT_GROUP) + first / INPUT_GROUP, to.sum + group,
+                          to.init + group);
+  }
+  if (to.bf16) kernels->to_bf16_row(x, k, width, to.bf16 + size_t(row) * kp + first);
+  if (to.f32) {
+    float* out = to.f32 + size_t(row) * kp + first;
+    std::memcpy(out, x, size_t(k) * 4);
+    std::memset(out + k, 0, size_t(width - k) * 4);
+  }
+}
+
+void Executor::encode_row(const float* x, InputBuffer& to, int row) const { encode(linear_, x, 0, to.k, to.view, row); }
+
+// ---- construction ----------------------------------------------------------------------------------------------------------------------------------
+
+Executor::Executor(const ModelShape& shape, std::vector<LayerWeights> layers, Linear embedding, const float* norm, Linear head, const float* cos,
+                   const float* sin, const KvMemory& kv, const LinearKernels* linear, const OpsKernels* ops, int num_threads, int spin_us, bool pin)
+    : shape_(shape),
+      layers_(std::move(layers)),
+      embedding_(std::move(embedding)),
+      head_(std::move(head)),
+      norm_(norm),
+      cos_(cos),
+      sin_(sin),
+      kv_(kv),
+      linear_(linear),
+      ops_(ops),
+      pool_(num_threads, spin_us, pin),
+      group_(shape.num_heads / shape.num_kv_heads),
+      q_size_(shape.num_heads * shape.head_dim),
+      kv_size_(shape.num_kv_heads * shape.head_dim) {
+  int max_kp = round_up(std::max({shape.hidden, shape.intermediate, q_size_}), INPUT_GROUP);
+  threads_.resize(pool_.num_threads());
+  thread_best_.resize(pool_.num_threads());
+  for (const auto& l : layers_) {
+    for (const Linear* w : {&l.q, &l.k, &l.v, &l.gate, &l.up}) hidden_.want(*w);
+    heads_.want(l.o);
+    act_.want(l.down);
+  }
+  last_.want(head_);
+  for (auto& t : threads_) {
+    t.hidden = hidden_;
+    t.heads = heads_;
+    t.scratch.resize(64 + std::max(linear_scratch_bytes(max_kp), attention_scratch_bytes(QUERY_TILE, group_, shape.head_dim)));
+  }
+}
+
+static void* aligned(std::vector<uint8_t>& memory) {
+  const auto at = reinterpret_cast<uintptr_t>(memory.data());
+  return memory.data() + (64 - at % 64) % 64;
+}
+
+// ---- one step --------------------------------------------------------------------------------------------------------------------------------------
+
+void Executor::run(const std::vector<StepSequence>& sequences, int32_t* best, float* logits) {
+  plan(sequences);
+  if (num_rows_ == 0) return;
+  error_ = nullptr;
+  pool_.run([&](int thread) { step(thread, best, logits); });
+  if (error_) std::rethrow_exception(error_);
+}
+
+void Executor::plan(const std::vector<StepSequence>& sequences) {
+  sequences_ = sequences;
+  ranges_.clear();
+  row_sequence_.clear();
+  row_token_.clear();
+  row_position_.clear();
+  wanted_row_.clear();
+  wanted_full_.clear();
+  int num_full = 0;
+  for (size_t i = 0; i < sequences_.size(); ++i) {
+    const StepSequence& s = sequences_[i];
+    ranges_.push_back({int(row_token_.size()), s.num_rows, s.position, s.blocks});
+    for (int r = 0; r < s.num_rows; ++r) {
+      row_sequence_.push_back(int(i));
+      row_token_.push_back(s.tokens[r]);
+      row_position_.push_back(s.position + r);
+      if (r >= s.num_rows - s.num_wanted) {
+        wanted_row_.push_back(int(row_token_.size()) - 1);
+        wanted_full_.push_back(s.full ? num_full++ : -1);
+      }
+    }
+  }
+  num_rows_ = int(row_token_.size());
+  num_wanted_ = int(wanted_row_.size());
+  small_ = num_rows_ <= SMALL_STEP;
+  const size_t t = num_rows_;
+  const auto grow = [](std::vector<float>& v, size_t n) {
+    if (v.size() < n) v.resize(n);
+  };
+  grow(x_, t * shape_.hidden);
+  grow(q_, t * q_size_);
+  grow(k_, t * kv_size_);
+  grow(v_, t * kv_size_);
+  grow(attended_, t * q_size_);
+  if (small_) {
+    for (auto& s : threads_) {
+      s.hidden.resize(num_rows_);
+      s.heads.resize(num_rows_);
+    }
+  } else {
+    hidden_.resize(num_rows_);
+    heads_.resize(num_rows_);
+  }
+  act_.resize(num_rows_);
+  last_.resize(num_wanted_);
+  plan_attention();
+}
+
+void Executor::plan_attention() {
+  units_.clear();
+  merges_.clear();
+  merge_of_row_.assign(num_rows_, -1);
+  if (foreign_attention_) return;
+  int few = 0;  // units if nothing were split
+  for (const auto& r : ranges_) few += num_units(r.num_rows, QUERY_TILE) * shape_.num_kv_heads;
+  const bool split = few < 4 * pool_.num_threads();
+  int partials = 0;
+  for (size_t i = 0; i < ranges_.size(); ++i) {
+    const SequenceRows& r = ranges_[i];
+    for (int kv_head = 0; kv_head < shape_.num_kv_heads; ++kv_head) {
+      for (int row0 = 0; row0 < r.num_rows; row0 += QUERY_TILE) {
+        const int row1 = std::min(row0 + QUERY_TILE, r.num_rows), keys = r.position + row1, splits = num_units(keys, SPLIT_KEYS);
+        if (splits > 1 && split) {
+          for (int s = 0; s < splits; ++s) {
+            const int64_t cost = int64_t(row1 - row0) * (std::min((s + 1) * SPLIT_KEYS, keys) - s * SPLIT_KEYS);
+            units_.push_back({int(i), kv_head, row0, row1, s, s + 1, partials + s * (row1 - row0) * group_, cost});
+          }
+          for (int row = row0; row < row1; ++row)
+            if (merge_of_row_[r.first_row + row] < 0) merge_of_row_[r.first_row + row] = int(merges_.size());
+          merges_.push_back({r.first_row + row0, row1 - row0, kv_head, splits, partials});
+          partials += splits * (row1 - row0) * group_;
+        } else {
+          units_.push_back({int(i), kv_head, row0, row1, 0, splits, -1, int64_t(row1 - row0) * keys});
+        }
+      }
+    }
+  }
+  std::sort(units_.begin(), units_.end(), [](const AttentionUnit& a, const AttentionUnit& b) {  // the dearest first, so that the ends meet
+    return a.cost != b.cost ? a.cost > b.cost : std::tie(a.sequence, a.kv_head, a.row0, a.split0) < std::tie(b.sequence, b.kv_head, b.row0, b.split0);
+  });
+  if (partial_max_.size() < size_t(partials)) {
+    partial_max_.resize(partials);
+    partial_sum_.resize(partials);
+    partial_out_.resize(size_t(partials) * shape_.head_dim);
+  }
+}
+
+void Executor::step(int thread, int32_t* best, float* logits) {
+  for (int u; (u = pool_.claim()) < num_units(num_rows_, ROW_UNIT);)
+    for (int r = u * ROW_UNIT; r < std::min(num_rows_, (u + 1) * ROW_UNIT); ++r)
+      linear_->dequantize_row(embedding_.weight, row_token_[r], x_.data() + size_t(r) * shape_.hidden);
+  pool_.barrier();
+  for (int i = 0; i < shape_.num_layers; ++i) {
+    const LayerWeights& w = layers_[i];
+    qkv(thread, i, normed(thread, w.input_norm, hidden_, &ThreadState::hidden));
+    pool_.barrier();
+    attention(thread, i);
+    pool_.barrier();
+    linear_units(thread, w.o, heads_encoded(thread), x_.data(), shape_.hidden, true, 3);
+    pool_.barrier();
+    gate_up(thread, w, normed(thread, w.mlp_norm, hidden_, &ThreadState::hidden));
+    pool_.barrier();
+    linear_units(thread, w.down, act_, x_.data(), shape_.hidden, true, 2);
+    pool_.barrier();
+  }
+  if (num_wanted_) head(thread, best, logits);
+}
+
+// The normed and encoded rows: this thread's own in a small step, else shared, made together.
+const Executor::InputBuffer& Executor::normed(int thread, const float* weight, InputBuffer& shared, InputBuffer ThreadState::*own) {
+  ThreadState& state = threads_[thread];
+  InputBuffer& to = small_ ? state.*own : shared;
+  if (state.a.size() < size_t(shape_.hidden)) state.a.resize(shape_.hidden);
+  const auto row = [&](int r) {
+    ops_->rms_norm_row(x_.data() + size_t(r) * shape_.hidden, weight, shape_.hidden, shape_.eps, state.a.data());
+    encode_row(state.a.data(), to, r);
+  };
+  if (small_) {
+    for (int r = 0; r < num_rows_; ++r) row(r);
+    return to;
+  }
+  for (int u; (u = pool_.claim()) < num_units(num_rows_, ROW_UNIT);)
+    for (int r = u * ROW_UNIT; r < std::min(num_rows_, (u + 1) * ROW_UNIT); ++r) row(r);
+  pool_.barrier();
+  return to;
+}
+
+// Computes y for all rows and all of N, in units of row blocks and token chunks.
+void Executor::linear_units(int thread, const Linear& l, const InputBuffer& x, float* y, size_t ldy, bool add, int blocks_per_unit) {
+  if (l.foreign) return foreign_linear(thread, l, x, y, ldy, add);
+  const int blocks = l.weight.row_blocks(), t = x.view.t, chunks = num_units(t, TOKEN_CHUNK), per_chunk = num_units(blocks, blocks_per_unit);
+  void* scratch = aligned(threads_[thread].scratch);
+  for (int u; (u = pool_.claim()) < per_chunk * chunks;) {
+    const int first = u / per_chunk * TOKEN_CHUNK, block = u % per_chunk * blocks_per_unit;
+    linear_->linear(l.weight, x.rows(first, std::min(TOKEN_CHUNK, t - first)), block, std::min(block + blocks_per_unit, blocks), y + size_t(first) * ldy, ldy,
+                    add, scratch);
+  }
+}
+
+void Executor::foreign_linear(int thread, const Linear& l, const InputBuffer& x, float* y, size_t ldy, bool add) {
+  if (thread != 0 || error_) return;
+  const int t = x.view.t, k = l.weight.k, n = l.weight.n, kp = x.view.kp();
+  const float* rows = x.view.f32;
+  if (kp != k) {
+    foreign_x_.resize(size_t(t) * k);
+    for (int r = 0; r < t; ++r) std::memcpy(foreign_x_.data() + size_t(r) * k, rows + size_t(r) * kp, size_t(k) * 4);
+    rows = foreign_x_.data();
+  }
+  foreign_y_.resize(size_t(t) * n);
+  try {
+    l.foreign(rows, t, foreign_y_.data());
+  } catch (...) {
+    error_ = std::current_exception();
+    return;
+  }
+  for (int r = 0; r < t; ++r)
+    for (int i = 0; i < n; ++i) {
+      const float value = foreign_y_[size_t(r) * n + i];
+      float& to = y[r * ldy + i];
+      to = add ? to + value : value;
+    }
+}
+
+// ---- attention -------------------------------------------------------------------------------------------------------------------------------------
+
+void Executor::qkv(int thread, int layer, const InputBuffer& x) {
+  const LayerWeights& w = layers_[layer];
+  const int d = shape_.head_dim, t = num_rows_;
+  const bool whole_heads = d % ROWS == 0 && !w.q.foreign && !w.k.foreign && !w.v.foreign && !foreign_attention_;
+  if (!whole_heads) {
+    linear_units(thread, w.q, x, q_.data(), q_size_, false, 4);
+    pool_.barrier();
+    linear_units(thread, w.k, x, k_.data(), kv_size_, false, 4);
+    pool_.barrier();
+    linear_units(thread, w.v, x, v_.data(), kv_size_, false, 4);
+    pool_.barrier();
+    for (int u; (u = pool_.claim()) < num_units(t, ROW_UNIT);) rope_rows(layer, u * ROW_UNIT, std::min(ROW_UNIT, t - u * ROW_UNIT), !foreign_attention_);
+    return;
+  }
+  // A unit is one query head, or one KV head's K and V, turned and stored while it is in the cache. The larger ones come first.
+  const int blocks = d / ROWS, chunks = num_units(t, TOKEN_CHUNK), per_chunk = shape_.num_kv_heads + shape_.num_heads;
+  void* scratch = aligned(threads_[thread].scratch);
+  for (int u; (u = pool_.claim()) < per_chunk * chunks;) {
+    const int first = u % chunks * TOKEN_CHUNK, num = std::min(TOKEN_CHUNK, t - first), which = u / chunks;
+    const Input rows = x.rows(first, num);
+    if (which < shape_.num_kv_heads) {
+      linear_->linear(w.k.weight, rows, which * blocks, (which + 1) * blocks, k_.data() + size_t(first) * kv_size_, kv_size_, false, scratch);
+      linear_->linear(w.v.weight, rows, which * blocks, (which + 1) * blocks, v_.data() + size_t(first) * kv_size_, kv_size_, false, scratch);
+      for (int r = first; r < first + num; ++r) {
+        rope_head(k_.data() + size_t(r) * kv_size_ + which * d, r);
+        append_head(layer, r, which);
+      }
+    } else {
+      const int h = which - shape_.num_kv_heads;
+      linear_->linear(w.q.weight, rows, h * blocks, (h + 1) * blocks, q_.data() + size_t(first) * q_size_, q_size_, false, scratch);
+      for (int r = first; r < first + num; ++r) rope_head(q_.data() + size_t(r) * q_size_ + h * d, r);
+    }
+  }
+}
+
+void Executor::rope_head(float* x, int row) const {
+  const size_t at = size_t(row_position_[row]) * (shape_.head_dim / 2);
+  ops_->rope_head(x, shape_.head_dim, cos_ + at, sin_ + at, shape_.rope_interleaved);
+}
+
+void Executor::append_head(int layer, int row, int kv_head) {
+  const int position = row_position_[row], block = sequences_[row_sequence_[row]].blocks[position / BLOCK_TOKENS];
+  const size_t at = size_t(row) * kv_size_ + size_t(kv_head) * shape_.head_dim;
+  ops_->kv_append(kv_, layer, kv_head, block, position % BLOCK_TOKENS, k_.data() + at, v_.data() + at);
+}
+
+void Executor::rope_rows(int layer, int first, int num, bool append) {
+  for (int r = first; r < first + num; ++r) {
+    for (int h = 0; h < shape_.num_heads; ++h) rope_head(q_.data() + size_t(r) * q_size_ + h * shape_.head_dim, r);
+    for (int h = 0; h < shape_.num_kv_heads; ++h) {
+      rope_head(k_.data() + size_t(r) * kv_size_ + h * shape_.head_dim, r);
+      if (append) append_head(layer, r, h);
+    }
+  }
+}
+
+void Executor::attention(int thread, int layer) {
+  if (foreign_attention_) {
+    if (thread != 0 || error_) return;
+    try {
+      foreign_attention_(layer, q_.data(), k_.data(), v_.data(), num_rows_, attended_.data());
+    } catch (...) {
+      error_ = std::current_exception();
+    }
+    return;
+  }
+  for (int u; (u = pool_.claim()) < int(units_.size());) attention_unit(thread, layer, units_[u]);
+}
+
+void Executor::attention_unit(int thread, int layer, const AttentionUnit& u) {
+  const int d = shape_.head_dim, n = (u.row1 - u.row0) * group_;
+  const SequenceRows& seq = ranges_[u.sequence];
+  const float scale = 1.0f / std::sqrt(float(d));
+  ThreadState& state = threads_[thread];
+  void* scratch = aligned(state.scratch);
+  if (u.partial >= 0) {
+    ops_->attention_split(kv_, layer, u.kv_head, group_, seq, u.row0, u.row1, u.split0, q_.data(), q_size_, scale, partial_max_.data() + u.partial,
+                          partial_sum_.data() + u.partial, partial_out_.data() + size_t(u.partial) * d, scratch);
+    return;
+  }
+  const size_t each = size_t(n) * (2 + d);
+  if (state.b.size() < 2 * each) state.b.resize(2 * each);
+  float *acc_max = state.b.data(), *acc_sum = acc_max + n, *acc_out = acc_sum + n;
+  float *max = state.b.data() + each, *sum = max + n, *out = sum + n;
+  for (int s = u.split0; s < u.split1; ++s) {
+    const bool first = s == u.split0;
+    ops_->attention_split(kv_, layer, u.kv_head, group_, seq, u.row0, u.row1, s, q_.data(), q_size_, scale, first ? acc_max : max, first ? acc_sum : sum,
+                          first ? acc_out : out, scratch);
+    if (!first) ops_->attention_merge(acc_max, acc_sum, acc_out, max, sum, out, n, d);
+  }
+  for (int i = 0; i < n; ++i) {
+    const size_t row = seq.first_row + u.row0 + i / group_, h = size_t(u.kv_head) * group_ + i % group_;
+    ops_->attention_finish(acc_sum + i, acc_out + size_t(i) * d, d, attended_.data() + row * q_size_ + h * d);
+  }
+}
+
+// The rows that the output projection reads: splits merged, encoded.
+const Executor::InputBuffer& Executor::heads_encoded(int thread) {
+  ThreadState& state = threads_[thread];
+  InputBuffer& to = small_ ? state.heads : heads_;
+  const int d = shape_.head_dim;
+  if (state.a.size() < size_t(q_size_)) state.a.resize(q_size_);
+  std::vector<float>& acc = state.b;
+  if (acc.size() < size_t(group_) * (2 + d)) acc.resize(size_t(group_) * (2 + d));
+  const auto row = [&](int r) {
+    const float* heads = attended_.data() + size_t(r) * q_size_;
+    for (size_t i = merge_of_row_[r]; merge_of_row_[r] >= 0 && i < merges_.size(); ++i) {
+      const PendingMerge& m = merges_[i];
+      if (r < m.first_row || r >= m.first_row + m.num_rows) continue;
+      heads = state.a.data();  // of a row either all KV heads are split or none
+      float *acc_max = acc.data(), *acc_sum = acc_max + group_, *acc_out = acc_sum + group_;
+      for (int s = 0; s < m.num_splits; ++s) {
+        const size_t at = size_t(m.partial) + (size_t(s) * m.num_rows + (r - m.first_row)) * group_;
+        if (s == 0) {
+          std::memcpy(acc_max, partial_max_.data() + at, size_t(group_) * 4);
+          std::memcpy(acc_sum, partial_sum_.data() + at, size_t(group_) * 4);
+          std::memcpy(acc_out, partial_out_.data() + at * d, size_t(group_) * d * 4);
+        } else {
+          ops_->attention_merge(acc_max, acc_sum, acc_out, partial_max_.data() + at, partial_sum_.data() + at, partial_out_.data() + at * d, group_, d);
+        }
+      }
+      for (int g = 0; g < group_; ++g)
+        ops_->attention_finish(acc_sum + g, acc_out + size_t(g) * d, d, state.a.data() + (size_t(m.kv_head) * group_ + g) * d);
+    }
+    encode_row(heads, to, r);
+  };
+  if (small_) {
+    for (int r = 0; r < num_rows_; ++r) row(r);
+    return to;
+  }
+  for (int u; (u = pool_.claim()) < num_units(num_rows_, ROW_UNIT);)
+    for (int r = u * ROW_UNIT; r < std::min(num_rows_, (u + 1) * ROW_UNIT); ++r) row(r);
+  pool_.barrier();
+  return to;
+}
+
+// ---- feed-forward and head -------------------------------------------------------------------------------------------------------------------------
+
+void Executor::gate_up(int thread, const LayerWeights& w, const InputBuffer& x) {
+  const int width = INPUT_GROUP, t = num_rows_, n = shape_.intermediate;
+  ThreadState& state = threads_[thread];
+  if (w.gate.foreign || w.up.foreign) {
+    if (thread == 0) {
+      gate_.resize(size_t(t) * n);
+      up_.resize(size_t(t) * n);
+    }
+    pool_.barrier();
+    linear_units(thread, w.gate, x, gate_.data(), n, false, 4);
+    pool_.barrier();
+    linear_units(thread, w.up, x, up_.data(), n, false, 4);
+    pool_.barrier();
+    for (int u; (u = pool_.claim()) < num_units(t, ROW_UNIT);)
+      for (int r = u * ROW_UNIT; r < std::min(t, (u + 1) * ROW_UNIT); ++r) {
+        float* gate = gate_.data() + size_t(r) * n;
+        ops_->silu_mul(gate, up_.data() + size_t(r) * n, n, gate);
+        encode_row(gate, act_, r);
+      }
+    return;
+  }
+  // A unit is 64 values of the activation: both matrices' rows, SiLU, and the encoding for the down projection without a trip through memory.
+  const int blocks = width / ROWS, chunks = num_units(t, TOKEN_CHUNK), per_chunk = num_units(n, width);
+  const size_t piece = size_t(std::min(t, TOKEN_CHUNK)) * width;
+  if (state.a.size() < piece) state.a.resize(piece);
+  if (state.b.size() < piece) state.b.resize(piece);
+  void* scratch = aligned(state.scratch);
+  for (int u; (u = pool_.claim()) < per_chunk * chunks;) {
+    const int first = u / per_chunk * TOKEN_CHUNK, num = std::min(TOKEN_CHUNK, t - first), column = u % per_chunk * width;
+    const int block = column / ROWS, end = std::min(block + blocks, w.gate.weight.row_blocks()), wide = std::min(width, n - column);
+    const Input rows = x.rows(first, num);
+    linear_->linear(w.gate.weight, rows, block, end, state.a.data() - column, width, false, scratch);
+    linear_->linear(w.up.weight, rows, block, end, state.b.data() - column, width, false, scratch);
+    for (int r = 0; r < num; ++r) {
+      float* gate = state.a.data() + size_t(r) * width;
+      ops_->silu_mul(gate, state.b.data() + size_t(r) * width, wide, gate);
+      encode(linear_, gate, column, wide, act_.view, first + r);
+    }
+  }
+}
+
+void Executor::head(int thread, int32_t* best, float* logits) {
+  ThreadState& state = threads_[thread];
+  const int v = shape_.vocab;
+  if (state.a.size() < size_t(shape_.hidden)) state.a.resize(shape_.hidden);
+  for (int u; (u = pool_.claim()) < num_wanted_;) {
+    ops_->rms_norm_row(x_.data() + size_t(wanted_row_[u]) * shape_.hidden, norm_, shape_.hidden, shape_.eps, state.a.data());
+    encode_row(state.a.data(), last_, u);
+  }
+  pool_.barrier();
+  constexpr int BAD = -2;  // a value that is not finite
+  auto& bests = thread_best_[thread];
+  bests.assign(num_wanted_, {0.0f, -1});
+  const auto look = [&](const float* y, int row, int first, int n) {
+    Best& b = bests[row];
+    float value;
+    const int i = ops_->argmax(y, n, &value);
+    if (i < 0)
+      b.index = BAD;
+    else if (b.index != BAD && (b.index < 0 || value > b.value || (value == b.value && first + i < b.index)))
+      b = {value, first + i};
+  };
+  if (head_.foreign) {
+    if (thread == 0) {
+      foreign_linear(0, head_, last_, (gate_.resize(size_t(num_wanted_) * v), gate_.data()), v, false);
+      for (int r = 0; r < num_wanted_ && !error_; ++r) {
+        look(gate_.data() + size_t(r) * v, r, 0, v);
+        if (wanted_full_[r] >= 0) std::memcpy(logits + size_t(wanted_full_[r]) * v, gate_.data() + size_t(r) * v, size_t(v) * 4);
+      }
+    }
+  } else {
+    const int width = HEAD_BLOCKS * ROWS, blocks = head_.weight.row_blocks();
+    const size_t piece = size_t(num_wanted_) * width;
+    if (state.a.size() < piece) state.a.resize(piece);
+    void* scratch = aligned(state.scratch);
+    for (int u; (u = pool_.claim()) < num_units(blocks, HEAD_BLOCKS);) {
+      const int column = u * width, n = std::min(width, v - column);
+      linear_->linear(head_.weight, last_.view, u * HEAD_BLOCKS, std::min((u + 1) * HEAD_BLOCKS, blocks), state.a.data() - column, width, false, scratch);
+      for (int r = 0; r < num_wanted_; ++r) {
+        const float* y = state.a.data() + size_t(r) * width;
+        look(y, r, column, n);
+        if (wanted_full_[r] >= 0) std::memcpy(logits + size_t(wanted_full_[r]) * v + column, y, size_t(n) * 4);
+      }
+    }
+  }
+  pool_.barrier();
+  if (thread != 0) return;
+  for (int r = 0; r < num_wanted_; ++r) {
+    Best top{0.0f, -1};
+    for (const auto& t : thread_best_) {
+      const Best& b = t[r];
+      if (b.index == BAD) {
+        top.index = BAD;
+        break;
+      }
+      if (b.index >= 0 && (top.index < 0 || b.value > top.value || (b.value == top.value && b.index < top.index))) top = b;
+    }
+    best[r] = top.index < 0 ? -1 : top.index;
+  }
+}
+
+}  // namespace pm

@@ -1,0 +1,11 @@
+#include "bind.h"
+#include "cpu.h"
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "Native kernels of plugmesh; kernels.h describes layouts and functions.";
+  m.def("best_isa", &pm::best_isa, "The best instruction set that this processor has kernels for.");
+  m.def("supports", &pm::supports, pybind11::arg("isa"));
+  bind_linear(m);
+  bind_ops(m);
+  bind_executor(m);
+}
