@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from plugmesh.errors import ConfigError
 from plugmesh.types import ModelConfig
-from plugmesh_engine.batch import Batch
+from plugmesh_engine.executors.ragged import Batch
+from plugmesh_engine.model import rope
 from plugmesh_engine.model.linear import FloatFormat
 from plugmesh_engine.seams import AttentionBackend, WeightFormat
 
@@ -104,37 +104,6 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, style: str) ->
 
 
 def rope_tables(config: ModelConfig, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of every position and pair, (max_position, head_dim / 2) float32.
-
-    Raises:
-        ConfigError: A `rope_scaling` of a kind that this engine does not know, or an unknown `rope_style`.
-    """
-    if config.rope_style not in ("half", "interleaved"):
-        raise ConfigError(f"unknown rope_style {config.rope_style!r}")
-    inverse = config.rope_theta ** (-torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim)
-    scaling = config.rope_scaling
-    kind = str(scaling.get("rope_type", scaling.get("type", "default"))) if scaling else "default"
-    if kind == "linear":
-        inverse = inverse / _number(scaling, "factor")
-    elif kind == "llama3":
-        inverse = _llama3(inverse, scaling)
-    elif kind != "default":
-        raise ConfigError(f"rope_scaling of type {kind!r} is not supported")
-    angles = torch.outer(torch.arange(config.max_position, dtype=torch.float64), inverse)
-    return angles.cos().float().to(device), angles.sin().float().to(device)
-
-
-def _number(scaling: Mapping[str, object] | None, key: str) -> float:
-    value = (scaling or {}).get(key)
-    if not isinstance(value, int | float):
-        raise ConfigError(f"rope_scaling needs a number {key!r}")
-    return float(value)
-
-
-def _llama3(inverse: torch.Tensor, scaling: Mapping[str, object] | None) -> torch.Tensor:
-    """Llama 3.1: long wavelengths are slowed by `factor`, short ones kept, those between blended."""
-    factor, low, high = (_number(scaling, k) for k in ("factor", "low_freq_factor", "high_freq_factor"))
-    trained = _number(scaling, "original_max_position_embeddings")
-    turns = trained * inverse / (2 * torch.pi)  # full turns within the trained context
-    keep = ((turns - low) / (high - low)).clamp(0, 1)
-    return inverse * (keep + (1 - keep) / factor)
+    """`plugmesh_engine.model.rope.rope_tables` as tensors on the device."""
+    cos, sin = rope.rope_tables(config)
+    return torch.from_numpy(cos).to(device), torch.from_numpy(sin).to(device)

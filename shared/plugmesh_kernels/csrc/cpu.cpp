@@ -31,4 +31,18 @@ std::string best_isa() {
   return "portable";
 }
 
+namespace {
+std::string& selected() {
+  static std::string isa = best_isa();
+  return isa;
+}
+}  // namespace
+
+const std::string& selected_isa() { return selected(); }
+
+void select_isa(const std::string& isa) {
+  kernels_for(isa);
+  selected() = isa;
+}
+
 }  // namespace pm

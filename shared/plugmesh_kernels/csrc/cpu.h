@@ -16,4 +16,8 @@ bool supports(const std::string& isa);         // "avx512", "avx2", "portable"; 
 Kernels kernels_for(const std::string& isa);   // throws std::invalid_argument when it is not supported here
 std::string best_isa();
 
+// What the module uses: the best one until another is selected.
+const std::string& selected_isa();
+void select_isa(const std::string& isa);  // throws like kernels_for
+
 }  // namespace pm
