@@ -69,6 +69,24 @@ class Engine:
     texts: TextLinks
     router: SafeRouter
     metrics: GatewayMetrics
+    outbox: Outbox
+
+
+class Outbox:
+    """Generations with new events for a reader that takes them on the spot; all of one turn of the loop go together."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[Generation, None] = {}
+
+    def add(self, generation: Generation) -> None:
+        if not self._waiting:
+            asyncio.get_running_loop().call_soon(self._deliver)
+        self._waiting[generation] = None
+
+    def _deliver(self) -> None:
+        waiting, self._waiting = self._waiting, {}
+        for generation in waiting:
+            generation.deliver()
 
 
 class Generation:
@@ -96,6 +114,7 @@ class Generation:
         self._on_end = on_end
         self._events: collections.deque[Event] = collections.deque()
         self._wake = asyncio.Event()
+        self._take: Callable[[list[Event]], bool] | None = None  # while the reader waits
         self._timer: asyncio.TimerHandle | None = None
 
     def start(self, prompts: list[Prepared], instances: frozenset[str]) -> None:
@@ -122,8 +141,13 @@ class Generation:
     def num_cached_tokens(self) -> int:
         return sum(r.num_cached_tokens for r in self.runs)
 
-    async def batches(self) -> AsyncIterator[list[Event]]:
-        """Events as they come, all that wait at once. Raises the terminal error after the last of them."""
+    async def batches(self, take: Callable[[list[Event]], bool] | None = None) -> AsyncIterator[list[Event]]:
+        """Events as they come, all that wait at once. Raises the terminal error after the last of them.
+
+        Args:
+            take: Offered events while the reader waits here, so that it need not be woken for them. Returns False when it
+                cannot take them now; then they come out of the iterator. Must neither wait nor raise.
+        """
         while True:
             if self._events:
                 batch = list(self._events)
@@ -135,7 +159,23 @@ class Generation:
                 return
             else:
                 self._wake.clear()
-                await self._wake.wait()
+                self._take = take
+                try:
+                    await self._wake.wait()
+                finally:
+                    self._take = None
+
+    def deliver(self) -> None:
+        """Gives new events to a waiting reader, or wakes it. An end is always the reader's own affair."""
+        if not self._events or self._take is None:
+            return
+        try:
+            if not self.is_ended and self._take(list(self._events)):
+                self._events.clear()
+                return
+        except Exception as e:  # it is not the other generations' fault; the reader meets the same fault and answers for it
+            log.exception("request.failed", request_id=self.request_id, error=type(e).__name__)
+        self._wake.set()
 
     def cancel(self, reason: str = "the client went away") -> None:
         """Ends the request as cancelled, unless it ended already."""
@@ -148,7 +188,10 @@ class Generation:
             self.end(Overloaded(f"the client left {self.engine.settings.max_buffered_events} events unread"))
             return
         self._events.append(event)
-        self._wake.set()
+        if self._take is not None:
+            self.engine.outbox.add(self)
+        else:
+            self._wake.set()
 
     def on_run_done(self) -> None:
         if all(run.is_done for run in self.runs):
@@ -436,7 +479,7 @@ class Run:
         if text.text:
             now = time.monotonic()
             if sequence.last_text_at:
-                self.engine.metrics.itl.observe(now - sequence.last_text_at)
+                self.engine.metrics.itl.add(now - sequence.last_text_at)
             sequence.last_text_at = now
         if reason is not None:
             sequence.finish_reason = reason

@@ -18,7 +18,7 @@ from plugmesh.tracing import TRACING, Span
 from .admit import Admission, Ticket
 from .config import Settings
 from .decode_links import DecodeLinks
-from .generation import Engine, Generation
+from .generation import Engine, Generation, Outbox
 from .measure import GatewayMetrics
 from .prepare import Models, ServedModel, Tokenizers
 from .request import ChatPrompt, Prepared, TextPrompt, Wanted
@@ -51,7 +51,7 @@ class Gateway:
         self.decode = DecodeLinks(mesh, stall_s=settings.stall_s, hang_s=settings.hang_s, on_frame=self._on_frame)
         self.models = Models(mesh, self.decode.peers, default_model)
         self.tokenizers = Tokenizers(mesh, self.texts.peers)
-        self.engine = Engine(mesh, settings, self.decode, self.texts, SafeRouter.choose(plugins), metrics)
+        self.engine = Engine(mesh, settings, self.decode, self.texts, SafeRouter.choose(plugins), metrics, Outbox())
         self._running: dict[str, Generation | None] = {}   # None while it is admitted and prepared
         self._one_less = asyncio.Event()
         metrics.gauge("gateway_in_flight", "Sequences being worked on", lambda: self.admission.num_places)

@@ -33,6 +33,7 @@ from plugmesh.errors import (
     Unavailable,
 )
 
+from .connection import Connection, Protocol
 from .generation import Event
 from .handle import Accepted, Gateway
 from .keys import KeyRing
@@ -157,7 +158,7 @@ class Answer(Response):
             accepted = await self.gateway.submit(self.wanted)
             shape = self.make_shape(accepted)
             events: list[Event] = []
-            async for batch in accepted.generation.batches():
+            async for batch in accepted.generation.batches(self._writer(scope, shape)):
                 if not self.is_stream:
                     events.extend(batch)
                     continue
@@ -184,6 +185,20 @@ class Answer(Response):
         finally:
             if accepted is not None:
                 accepted.generation.cancel()
+
+    def _writer(self, scope: Scope, shape: Shape) -> Callable[[list[Event]], bool] | None:
+        """What writes chunks between the first and the last; None when the answer is not streamed or its chunks need a call elsewhere."""
+        connection = Connection.of(scope)
+        if connection is None or not self.is_stream or shape.logprobs:
+            return None
+
+        def take(events: list[Event]) -> bool:
+            if not connection.is_ready():  # asked first: making chunks changes what the shape remembers
+                return False
+            connection.write(shape.chunks(events, {}))
+            return True
+
+        return take
 
     async def _pieces(self, shape: Shape, accepted: Accepted, events: list[Event]) -> dict[int, bytes]:
         if not shape.logprobs:
@@ -395,7 +410,8 @@ class HttpServer:
             raise ConfigError(f"services.gateway.port: cannot bind {self.host}:{self.port}: {e.strerror}", key="services.gateway.port") from e
         self.port = listener.getsockname()[1]
         config = uvicorn.Config(
-            self._app, log_config=None, access_log=False, lifespan="off", server_header=False, timeout_keep_alive=30, ws="none")
+            self._app, log_config=None, access_log=False, lifespan="off", server_header=False, timeout_keep_alive=30, ws="none",
+            http=Protocol)
         self._server = _Server(config)
         self._task = asyncio.create_task(self._server.serve(sockets=[listener]), name="http-server")
         until = time.monotonic() + 10

@@ -9,6 +9,9 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
+from json.encoder import (
+    encode_basestring_ascii as _quoted,  # what json.dumps does with a str, without asking what it is
+)
 from typing import Any
 
 from plugmesh.errors import InternalError, PlugmeshError
@@ -146,7 +149,7 @@ class ChatShape(Shape):
         if self.logprobs and event.tokens:
             logprobs = json.dumps(self._logprobs(event.tokens, pieces))
         if event.text or logprobs != "null":
-            out.append(f'{self._head}{index}, "delta": {{"content": {json.dumps(event.text)}}}, "logprobs": {logprobs}, "finish_reason": null{self._tail}')
+            out.append(f'{self._head}{index}, "delta": {{"content": {_quoted(event.text)}}}, "logprobs": {logprobs}, "finish_reason": null{self._tail}')
         if event.finish_reason is not None:
             out.append(f'{self._head}{index}, "delta": {{}}, "logprobs": null, "finish_reason": "{_reason(event.finish_reason)}"{self._tail}')
 
@@ -186,7 +189,7 @@ class CompletionShape(Shape):
         if not text and logprobs == "null" and event.finish_reason is None:
             return
         reason = "null" if event.finish_reason is None else f'"{_reason(event.finish_reason)}"'
-        out.append(f'{self._head}{index}, "text": {json.dumps(text)}, "logprobs": {logprobs}, "finish_reason": {reason}{self._tail}')
+        out.append(f'{self._head}{index}, "text": {_quoted(text)}, "logprobs": {logprobs}, "finish_reason": {reason}{self._tail}')
 
     def _choice(self, index: int, text: str, tokens: Sequence[Any], reason: str | None, pieces: Mapping[int, bytes]) -> dict[str, Any]:
         return {"index": index, "text": text, "logprobs": self._logprobs(index, tokens, pieces) if self.logprobs else None, "finish_reason": reason}
