@@ -12,9 +12,10 @@ import numpy as np
 import structlog
 
 from plugmesh.errors import DataLoss, InvalidRequest, NotFound
-from plugmesh_weightstore.blobs import Blob, BlobStore
+from plugmesh_kernels.pack import PIECE_BYTES, packed_num_bytes
+from plugmesh_weightstore.blobs import BlobStore
 from plugmesh_weightstore.catalogue import Catalogue, StoredModel, StoredTensor
-from plugmesh_weightstore.pack import FORMATS, packed_pieces
+from plugmesh_weightstore.pack import FORMATS, native_pieces, packed_dtype, packed_pieces
 
 log = structlog.get_logger()
 
@@ -30,7 +31,7 @@ class Resolver:
         self._guard = threading.Lock()
 
     def tensors(self, model: StoredModel, format: str) -> list[StoredTensor]:
-        """All tensors of the model in "source", "float32" or "bfloat16", with their blobs in place.
+        """All tensors of the model in "source", "float32", "bfloat16" or "native", with their blobs in place.
 
         Raises:
             InvalidRequest: No such format.
@@ -53,7 +54,7 @@ class Resolver:
             if format == "source":
                 raise NotFound(f"the model {model.version} was removed", param="model")
             return None
-        if all(self.blobs.has(t.blob.sha256, t.blob.num_bytes) for t in tensors):
+        if all(self.blobs.has(t.blob.sha256, t.blob.num_bytes) for t in tensors) and (format != "native" or _is_readable(tensors)):
             return tensors
         if format != "source":
             self.catalogue.drop_form(model.version, format)
@@ -62,23 +63,26 @@ class Resolver:
     def _pack(self, model: StoredModel, format: str) -> list[StoredTensor]:
         start = time.monotonic()
 
-        def pack(tensor: StoredTensor) -> Blob:
-            if tensor.dtype == format:
-                return tensor.blob
-            data = np.memmap(self.blobs.path(tensor.blob.sha256), np.uint8, mode="r")
-            return self.blobs.put(packed_pieces(data, tensor.dtype, format))
+        def pack(t: StoredTensor) -> StoredTensor:
+            data = np.memmap(self.blobs.path(t.blob.sha256), np.uint8, mode="r")
+            dtype = packed_dtype(data, t.dtype, t.shape, format)
+            if dtype == t.dtype:
+                return StoredTensor(t.name, dtype, t.shape, t.blob)
+            if dtype in PIECE_BYTES:
+                n, k = t.shape
+                return StoredTensor(t.name, dtype, t.shape, self.blobs.put(native_pieces(data, t.dtype, (n, k), dtype)))
+            return StoredTensor(t.name, dtype, t.shape, self.blobs.put(packed_pieces(data, t.dtype, dtype)))
 
         with self.blobs.writing():
             source = self.tensors(model, "source")  # not earlier: from here on nobody sweeps its blobs
             pool = ThreadPoolExecutor(_PACK_THREADS, thread_name_prefix="pack")
             try:
-                packed = list(pool.map(pack, source))
+                tensors = list(pool.map(pack, source))
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
-            self.blobs.flush(packed)
-            tensors = [StoredTensor(t.name, format, t.shape, b) for t, b in zip(source, packed, strict=True)]
+            self.blobs.flush(t.blob for t in tensors)
             self.catalogue.add_form(model.version, format, tensors)
-        num_bytes = sum(b.num_bytes for b in packed)
+        num_bytes = sum(t.blob.num_bytes for t in tensors)
         log.info("weightstore.packed", version=model.version, format=format, num_bytes=num_bytes, seconds=round(time.monotonic() - start, 3))
         return tensors
 
@@ -98,3 +102,8 @@ class Resolver:
                     del self._locks[key]
                 else:
                     self._locks[key] = (lock, users - 1)
+
+
+def _is_readable(tensors: list[StoredTensor]) -> bool:
+    """Whether a native form is in layouts of this version; another version may have packed it."""
+    return all(t.dtype == "float32" or (t.dtype in PIECE_BYTES and t.blob.num_bytes == packed_num_bytes(t.dtype, *t.shape)) for t in tensors)
