@@ -30,10 +30,10 @@ from plugmesh_engine import (
     EngineRequest,
     FcfsScheduler,
     KvView,
-    LoadedModel,
     SequenceView,
     plan_prompts,
 )
+from plugmesh_engine.executors.torch import TorchModel
 from plugmesh_engine.testing import model_in_memory, read_gguf
 from plugmesh_sarathi.scheduler import SarathiScheduler
 
@@ -71,10 +71,10 @@ class Run:
     tokens_per_s: float
 
 
-def run(model: LoadedModel, variant: str, scheduler: Any, long_prompt: int, clock: Callable[[], float]) -> Run:
+def run(model: TorchModel, variant: str, scheduler: Any, long_prompt: int, clock: Callable[[], float]) -> Run:
     """The load under one scheduler, on a fresh engine."""
     rng = np.random.default_rng(0)
-    engine = Engine(model, EngineConfig(dtype=model.dtype, num_blocks=512, prefix_cache=False), scheduler=scheduler)
+    engine = Engine(model, EngineConfig(executor="torch", dtype=model.dtype, num_blocks=512, prefix_cache=False), scheduler=scheduler)
 
     def request(name: str, length: int, max_tokens: int) -> EngineRequest:
         ids = tuple(rng.integers(1000, model.config.vocab_size, length).tolist())

@@ -10,16 +10,19 @@ from plugmesh.config import ServiceSettings
 
 
 class Settings(ServiceSettings):
-    """Settings of one decode instance; memory of the KV pool is num_kv_blocks times `KvLayout.block_bytes`."""
+    """Settings of one decode instance; memory of the KV pool is at most num_kv_blocks times `KvLayout.block_bytes`, committed as blocks are used."""
 
-    dtype: Literal["bfloat16", "float32"] = "float32"
+    executor: Literal["auto", "native", "torch", "cuda"] = "auto"  # auto: native kernels where this machine has them, else torch
+    dtype: Literal["bfloat16", "float32"] = "float32"         # of the torch executor
+    kv_dtype: Literal["bfloat16", "int8"] = "bfloat16"        # of the native executor's KV
     device: str = "cpu"
-    num_kv_blocks: int = pydantic.Field(1024, ge=8, le=1 << 20)
+    num_kv_blocks: int = pydantic.Field(4096, ge=8, le=1 << 20)
     max_num_sequences: int = pydantic.Field(64, ge=1, le=1024)
     max_tokens_per_step: int = pydantic.Field(512, ge=1, le=65536)
     max_model_len: int = pydantic.Field(0, ge=0)              # 0: the model's context length
     max_waiting: int = pydantic.Field(256, ge=1, le=65536)
-    num_threads: int = pydantic.Field(0, ge=0, le=256)        # 0: one per core
+    num_threads: int = pydantic.Field(0, ge=0, le=256)        # 0: one per core that the process may use
+    max_draft_tokens: int = pydantic.Field(16, ge=0, le=256)  # of one sequence and step, when a plugin drafts
     prefix_cache: bool = True
     use_kvstore: bool = True                                  # look for prefixes of prompts in the kvstore
     remote_prefill_min_tokens: int = pydantic.Field(256, ge=1)  # "auto" sends shorter prompts to nobody

@@ -21,7 +21,7 @@ from plugmesh.wire import layout_to_pb
 from plugmesh_decode.config import Settings
 from plugmesh_decode.generate import Generator
 from plugmesh_decode.session import Session
-from plugmesh_engine import Engine, EngineConfig, EngineStats, load_model
+from plugmesh_engine import EngineConfig, EngineStats, build_engine, weight_format
 from plugmesh_engine.fetch import fetch_manifest
 from plugmesh_proto.v1 import decode_pb2 as pb
 from plugmesh_proto.v1 import decode_pb2_grpc as rpc
@@ -66,6 +66,8 @@ class Counters:
     sequences: prometheus_client.Gauge
     steps: prometheus_client.Gauge
     pending: prometheus_client.Gauge
+    drafts: prometheus_client.Gauge
+    draft_errors: prometheus_client.Gauge
 
     @classmethod
     def make(cls, metrics: Metrics) -> Counters:
@@ -79,6 +81,8 @@ class Counters:
             sequences=metrics.gauge("engine_sequences", "Sequences in the engine", ("state",)),
             steps=metrics.gauge("engine_steps", "Steps since the start"),
             pending=metrics.gauge("engine_pending_tokens", "Prompt tokens to compute plus tokens to generate"),
+            drafts=metrics.gauge("engine_draft_tokens", "Drafted tokens since the start, by what became of them", ("outcome",)),
+            draft_errors=metrics.gauge("engine_draft_errors", "Steps without drafts since the start because the draft method failed"),
         )
 
     def show(self, stats: EngineStats) -> None:
@@ -90,6 +94,9 @@ class Counters:
         self.sequences.labels("waiting").set(stats.num_waiting)
         self.steps.set(stats.num_steps)
         self.pending.set(stats.num_pending_tokens)
+        self.drafts.labels("accepted").set(stats.num_draft_tokens_accepted)
+        self.drafts.labels("rejected").set(stats.num_draft_tokens - stats.num_draft_tokens_accepted)
+        self.draft_errors.set(stats.num_draft_errors)
 
 
 class DecodeService(rpc.DecodeServicer):
@@ -106,10 +113,14 @@ class DecodeService(rpc.DecodeServicer):
     async def start(self) -> None:
         context, settings = self._context, self._settings
         context.plugins.register_builtin(CorePrefillPolicy(settings.remote_prefill_min_tokens))
+        config = self._engine_config()
         manifest = await fetch_manifest(
-            context.mesh, "", settings.dtype, cache_dir=context.config.mesh.cache_dir.expanduser()
+            context.mesh, "", weight_format(config), cache_dir=context.config.mesh.cache_dir.expanduser()
         )
-        self._engine = await asyncio.to_thread(self._build_engine, manifest)
+        plugins = context.plugins
+        self._engine = await asyncio.to_thread(
+            build_engine, manifest, config, scheduler=plugins.last("schedulers"), drafts=plugins.last("drafts")
+        )
         self._manifest = manifest
         if settings.use_kvstore:
             self._stores = KvStores(
@@ -122,15 +133,14 @@ class DecodeService(rpc.DecodeServicer):
         self.generator.driver.start()
         self._load_task = asyncio.create_task(self._publish_load())
 
-    def _build_engine(self, manifest: Any) -> Engine:
+    def _engine_config(self) -> EngineConfig:
         settings = self._settings
-        model = load_model(manifest, settings.dtype, settings.device)
-        config = EngineConfig(
-            dtype=settings.dtype, device=settings.device, num_blocks=settings.num_kv_blocks, max_num_sequences=settings.max_num_sequences,
-            max_tokens_per_step=settings.max_tokens_per_step, max_model_len=settings.max_model_len, max_waiting=settings.max_waiting,
-            prefix_cache=settings.prefix_cache, num_threads=settings.num_threads,
+        return EngineConfig(
+            executor=settings.executor, dtype=settings.dtype, kv_dtype=settings.kv_dtype, device=settings.device, num_blocks=settings.num_kv_blocks,
+            max_num_sequences=settings.max_num_sequences, max_tokens_per_step=settings.max_tokens_per_step, max_model_len=settings.max_model_len,
+            max_waiting=settings.max_waiting, prefix_cache=settings.prefix_cache, num_threads=settings.num_threads,
+            max_draft_tokens=settings.max_draft_tokens,
         )
-        return Engine(model, config, scheduler=self._context.plugins.last("schedulers"))
 
     def bindings(self) -> Sequence[Binding]:
         return [Binding(rpc.add_DecodeServicer_to_server, self, "plugmesh_proto.v1.Decode")]
@@ -150,6 +160,7 @@ class DecodeService(rpc.DecodeServicer):
         if generator is not None:
             generator.remote.close()
             await generator.driver.stop()
+            self._engine.close()
         if self._stores is not None:
             await self._stores.close()
 

@@ -10,15 +10,17 @@ from plugmesh.config import ServiceSettings
 
 
 class Settings(ServiceSettings):
-    """Settings of one prefill instance. `dtype` must equal decode's, or no block can be shared."""
+    """Settings of one prefill instance. `executor`, `dtype` and `kv_dtype` must equal decode's, or no block can be shared."""
 
-    dtype: Literal["bfloat16", "float32"] = "float32"
+    executor: Literal["auto", "native", "torch", "cuda"] = "auto"  # auto: native kernels where this machine has them, else torch
+    dtype: Literal["bfloat16", "float32"] = "float32"         # of the torch executor
+    kv_dtype: Literal["bfloat16", "int8"] = "bfloat16"        # of the native executor's KV
     device: str = "cpu"
-    num_kv_blocks: int = pydantic.Field(512, ge=8, le=1 << 20)
+    num_kv_blocks: int = pydantic.Field(2048, ge=8, le=1 << 20)
     max_tokens_per_step: int = pydantic.Field(256, ge=1, le=65536)  # one chunk
     max_model_len: int = pydantic.Field(0, ge=0)
     max_jobs: int = pydantic.Field(8, ge=1, le=256)                 # taken from the queue and not yet done
-    num_threads: int = pydantic.Field(0, ge=0, le=256)
+    num_threads: int = pydantic.Field(0, ge=0, le=256)              # 0: one per core that the process may use
     prefix_cache: bool = True
     job_ack_wait_s: float = pydantic.Field(10.0, gt=1, le=600)      # a job of a dead instance goes to another one after this
     max_deliveries: int = pydantic.Field(3, ge=1, le=100)

@@ -15,7 +15,7 @@ from plugmesh.kv.stores import KvStores
 from plugmesh.mesh.api import Binding, ServiceContext
 from plugmesh.metrics import Metrics
 from plugmesh.records import HandOver, KvHandOverRecord
-from plugmesh_engine import Engine, EngineConfig, load_model
+from plugmesh_engine import EngineConfig, build_engine, weight_format
 from plugmesh_engine.fetch import fetch_manifest
 from plugmesh_prefill.compute import PrefillRunner
 from plugmesh_prefill.config import Settings
@@ -58,11 +58,12 @@ class PrefillService(rpc.PrefillServicer):
     async def start(self) -> None:
         context, settings = self._context, self._settings
         context.plugins.register_builtin(CoreHandOver())
+        config = self._engine_config()
         manifest = await fetch_manifest(
-            context.mesh, "", settings.dtype, cache_dir=context.config.mesh.cache_dir.expanduser()
+            context.mesh, "", weight_format(config), cache_dir=context.config.mesh.cache_dir.expanduser()
         )
         self._manifest = manifest
-        self._engine = await asyncio.to_thread(self._build_engine, manifest)
+        self._engine = await asyncio.to_thread(build_engine, manifest, config, scheduler=context.plugins.last("schedulers"))
         me = context.mesh.self_info
         self._stores = KvStores(context.mesh, self._engine.layout, holder=me.instance_id, incarnation=me.incarnation)
         self._runner = PrefillRunner(
@@ -76,15 +77,13 @@ class PrefillService(rpc.PrefillServicer):
         self._taker.start()
         self._load_task = asyncio.create_task(self._publish_load())
 
-    def _build_engine(self, manifest: Any) -> Engine:
+    def _engine_config(self) -> EngineConfig:
         settings = self._settings
-        model = load_model(manifest, settings.dtype, settings.device)
-        config = EngineConfig(
-            dtype=settings.dtype, device=settings.device, num_blocks=settings.num_kv_blocks, max_num_sequences=settings.max_jobs,
-            max_tokens_per_step=settings.max_tokens_per_step, max_model_len=settings.max_model_len, prefix_cache=settings.prefix_cache,
-            num_threads=settings.num_threads,
+        return EngineConfig(
+            executor=settings.executor, dtype=settings.dtype, kv_dtype=settings.kv_dtype, device=settings.device, num_blocks=settings.num_kv_blocks,
+            max_num_sequences=settings.max_jobs, max_tokens_per_step=settings.max_tokens_per_step, max_model_len=settings.max_model_len,
+            prefix_cache=settings.prefix_cache, num_threads=settings.num_threads,
         )
-        return Engine(model, config, scheduler=self._context.plugins.last("schedulers"))
 
     def bindings(self) -> Sequence[Binding]:
         return [Binding(rpc.add_PrefillServicer_to_server, self, "plugmesh_proto.v1.Prefill")]
@@ -107,6 +106,7 @@ class PrefillService(rpc.PrefillServicer):
             await self._taker.cancel_running()
         if self._runner is not None:
             await self._runner.driver.stop()
+            self._engine.close()
         if self._stores is not None:
             await self._stores.close()
 

@@ -14,6 +14,7 @@
         | KvHandOverRecord.plan            per job             <- register_kv_hand_overs
       every step (prefill, decode)
         | Scheduler.schedule               per step            <- register_schedulers
+        | DraftMethod.propose, .observe    per step, decode    <- register_drafts
       request ends
         | on_request_finished              observers, isolated by the host
     process stops
@@ -32,7 +33,7 @@ import pluggy
 
 if TYPE_CHECKING:
     from plugmesh.host import PluginContext
-    from plugmesh.records import KvHandOverRecord, PrefillPolicyRecord, RouterRecord, SchedulerRecord
+    from plugmesh.records import DraftRecord, KvHandOverRecord, PrefillPolicyRecord, RouterRecord, SchedulerRecord
 
 hookspec = pluggy.HookspecMarker("plugmesh")
 hookimpl = pluggy.HookimplMarker("plugmesh")
@@ -106,6 +107,21 @@ def register_schedulers(context: PluginContext) -> list[SchedulerRecord]:
     Raising: stops the start with the plugin's name; an error in `Scheduler.schedule` makes the engine fall back to its own
         scheduler for that step and is counted and logged with the plugin's name.
     Example: plugins/plugmesh_sarathi/plugin.py
+    """
+
+
+@hookspec
+def register_drafts(context: PluginContext) -> list[DraftRecord]:
+    """Ways of guessing the next tokens, so that one forward pass checks several.
+
+    Runs in: decode.
+    When: at process start.  How often: once.
+    Combines: lists are joined; the record registered last is used, none when there is none.
+    Arguments: context: the plugin's settings and facts of the process.
+    Returns: records, or an empty list.
+    Raising: stops the start with the plugin's name; an error in `DraftMethod.propose` or `observe` costs that step its drafts
+        and is counted and logged with the record's name. Drafts never change the output.
+    Example: plugins/plugmesh_ngram_draft/plugin.py
     """
 
 

@@ -46,6 +46,36 @@ class SchedulerRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class DraftContext:
+    """What a draft method may know when it is built.
+
+    Attributes:
+        max_draft_tokens: The engine's own limit on drafted tokens of one sequence and step.
+        max_num_sequences: The engine's own limit on running sequences.
+        num_blocks: Size of the KV pool in blocks of 16 tokens.
+        vocab_size: Drafted ids lie below it.
+        measure_step_ms: As in `SchedulerContext`; what a drafted token costs is what one more decode row costs.
+    """
+
+    max_draft_tokens: int
+    max_num_sequences: int
+    num_blocks: int
+    vocab_size: int
+    measure_step_ms: Callable[[int, int, int], float] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DraftRecord:
+    """Guesses tokens that the model then checks several at a time; output is the same without it.
+
+    `build(context)` is called once per engine and returns a `plugmesh_engine.seams.DraftMethod`.
+    """
+
+    name: str
+    build: Callable[[DraftContext], Any]
+
+
+@dataclass(frozen=True, slots=True)
 class RouteRequest:
     """What a router knows of a request; never its text."""
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from plugmesh.types import BLOCK_TOKENS
-from plugmesh_engine.batch import Batch
+from plugmesh_engine.executors.ragged import Batch
 from plugmesh_engine.kv.pool import NULL_BLOCK
 
 

@@ -1,4 +1,4 @@
-"""The rows of one step."""
+"""The rows of one step and what comes back for them."""
 
 from __future__ import annotations
 
@@ -6,9 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-
-from plugmesh.types import BLOCK_TOKENS
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,58 +16,26 @@ class Rows:
         token_ids: The tokens to compute.
         num_computed: Tokens before them, whose KV is in `blocks`.
         blocks: The sequence's blocks in order, with room for the new tokens.
-        logits: Whether the last row is wanted.
+        num_wanted: The last so many rows give an output: 0 for a chunk that ends before its prompt, 1 usually, 1 + k with k drafted tokens.
+        full: The logits of the wanted rows are needed; otherwise their best token is enough.
     """
 
     token_ids: Sequence[int]
     num_computed: int
     blocks: Sequence[int]
-    logits: bool
+    num_wanted: int = 0
+    full: bool = False
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
-    """A ragged batch: all rows of all sequences after one another.
+class StepResult:
+    """What an executor gives for the wanted rows of a step.
 
     Attributes:
-        rows: Per sequence.
-        starts: First row of each sequence, and the total at the end.
-        token_ids, positions: (T,) int64 on the device.
-        blocks, offsets: (T,) int64 on the device: where each row's K and V go.
-        logit_rows: (R,) int64 on the device: rows whose logits are wanted.
+        best: (R,) int32, the token with the largest logit of every wanted row, in the order of the rows; the first of equals. -1 where the
+            maximum is not finite or a NaN is among the logits.
+        logits: (F, vocab) float32, the wanted rows of entries with `full`, in order. The caller may change it; it may be overwritten by the next run.
     """
 
-    rows: tuple[Rows, ...]
-    starts: tuple[int, ...]
-    token_ids: torch.Tensor
-    positions: torch.Tensor
-    blocks: torch.Tensor
-    offsets: torch.Tensor
-    logit_rows: torch.Tensor
-
-    @classmethod
-    def build(cls, rows: Sequence[Rows], device: torch.device) -> Batch:
-        """Lays the sequences out in the given order."""
-        starts = [0]
-        ids: list[int] = []
-        positions: list[np.ndarray] = []
-        blocks: list[np.ndarray] = []
-        wanted: list[int] = []
-        for r in rows:
-            n = len(r.token_ids)
-            p = np.arange(r.num_computed, r.num_computed + n, dtype=np.int64)
-            ids.extend(r.token_ids)
-            positions.append(p)
-            blocks.append(np.asarray(r.blocks, dtype=np.int64)[p // BLOCK_TOKENS])
-            starts.append(starts[-1] + n)
-            if r.logits:
-                wanted.append(starts[-1] - 1)
-        where = np.concatenate(positions)
-
-        def put(values: np.ndarray) -> torch.Tensor:
-            return torch.from_numpy(values).to(device)
-
-        return cls(
-            rows=tuple(rows), starts=tuple(starts), token_ids=put(np.asarray(ids, dtype=np.int64)), positions=put(where),
-            blocks=put(np.concatenate(blocks)), offsets=put(where % BLOCK_TOKENS), logit_rows=put(np.asarray(wanted, dtype=np.int64)),
-        )  # fmt: skip
+    best: np.ndarray
+    logits: np.ndarray

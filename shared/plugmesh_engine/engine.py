@@ -1,38 +1,39 @@
-"""The engine: `step()` schedules, runs, samples and emits."""
+"""The engine: `step()` schedules, drafts, runs, samples and emits."""
 
 from __future__ import annotations
 
 import bisect
+import itertools
 import secrets
+import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import structlog
-import torch
 
-from plugmesh.errors import AlreadyExists, ConfigError, InternalError, NotFound, Overloaded, PlugmeshError
-from plugmesh.records import SchedulerContext
-from plugmesh.types import BLOCK_TOKENS, FinishReason, KvLayout, TokenInfo, Usage, block_chain, block_id
+from plugmesh.errors import AlreadyExists, InternalError, NotFound, Overloaded, PlugmeshError
+from plugmesh.records import DraftContext, SchedulerContext
+from plugmesh.types import BLOCK_TOKENS, FinishReason, TokenInfo, Usage, block_chain, block_id
 from plugmesh_engine.admission import check_request
-from plugmesh_engine.batch import Rows
+from plugmesh_engine.batch import Rows, StepResult
 from plugmesh_engine.config import EngineConfig
 from plugmesh_engine.kv.pool import BlockPool, OutOfBlocks
 from plugmesh_engine.kv.view import PoolView
 from plugmesh_engine.measure import measure_step_ms
 from plugmesh_engine.requests import BlockReady, EngineRequest, EngineStats, StepOutput, TokenEvent
-from plugmesh_engine.runner import Runner
 from plugmesh_engine.sampler import SampleRow, needs_counts, sample
 from plugmesh_engine.scheduler import FcfsScheduler
-from plugmesh_engine.seams import AttentionBackend, Scheduler, SequenceView
+from plugmesh_engine.seams import Executor, Model, Scheduler, SequenceView
 from plugmesh_engine.sequence import Group, State
 from plugmesh_engine.sequence import Sequence as Seq
-from plugmesh_engine.weights import LoadedModel
+from plugmesh_engine.speculate import Drafter, Planned
 
 log = structlog.get_logger()
 
-Planned = tuple[Seq, int]
+Sampled = tuple[Seq, Planned, Sequence[TokenInfo | None]]  # a sequence, its part of the step, and a token for each wanted row
 
 
 class Engine:
@@ -42,34 +43,32 @@ class Engine:
 
     Args:
         scheduler: A `seams.Scheduler`, or a `plugmesh.records.SchedulerRecord` to build one from; None for the engine's own.
-        attention: Called with the pool's storage and the number of query heads; None for plain torch.
+        drafts: A `seams.DraftMethod`, or a `plugmesh.records.DraftRecord` to build one from; None for no drafts.
+        executor: Used in place of the model's own.
+
+    Raises:
+        ConfigError: The model was loaded for another executor, dtype or device than `config` says.
     """
 
     def __init__(
         self,
-        model: LoadedModel,
+        model: Model,
         config: EngineConfig,
         *,
         scheduler: Any = None,
-        attention: Callable[[torch.Tensor, int], AttentionBackend] | None = None,
+        drafts: Any = None,
+        executor: Executor | None = None,
     ) -> None:
-        if (model.dtype, model.device) != (config.dtype, config.device):
-            raise ConfigError(f"the model was loaded as {model.dtype} on {model.device}, the engine is set to {config.dtype} on {config.device}")
-        if config.num_threads:
-            torch.set_num_threads(config.num_threads)
         c = model.config
         self.model = model
         self.config = config
         self.max_model_len = min(config.max_model_len or c.max_position, c.max_position)
-        itemsize = torch.finfo(getattr(torch, model.dtype)).bits // 8
-        self.layout = KvLayout(
-            model=model.version, codec="raw", dtype=model.dtype, num_layers=c.num_layers, num_kv_heads=c.num_kv_heads, head_dim=c.head_dim,
-            block_tokens=BLOCK_TOKENS, block_bytes=c.num_layers * 2 * BLOCK_TOKENS * c.num_kv_heads * c.head_dim * itemsize,
-        )  # fmt: skip
+        self._executor = executor or model.build_executor(config)
+        self.layout = self._executor.layout
         self._layout_key = self.layout.key()
-        self._pool = BlockPool(self.layout, config.num_blocks, model.device)
-        self._runner = Runner(model, self._pool, attention(self._pool.storage, c.num_heads) if attention else None)
+        self._pool = BlockPool(self.layout, config.num_blocks, self._executor.memory)
         self._view = PoolView(self._pool)
+        self._eos = c.eos_token_ids
         self._groups: dict[str, Group] = {}
         self._retained: dict[str, list[int]] = {}
         self._waiting: list[Seq] = []  # by Seq.order
@@ -84,6 +83,14 @@ class Engine:
         if hasattr(scheduler, "build"):
             context = SchedulerContext(config.max_tokens_per_step, config.max_num_sequences, config.num_blocks, self.measure_step_ms)
             self._scheduler = scheduler.build(context)
+        self._drafter: Drafter | None = None
+        if drafts is not None and config.max_draft_tokens > 0:
+            name = getattr(drafts, "name", type(drafts).__name__)
+            if hasattr(drafts, "build"):
+                drafts = drafts.build(
+                    DraftContext(config.max_draft_tokens, config.max_num_sequences, config.num_blocks, c.vocab_size, self.measure_step_ms)
+                )
+            self._drafter = Drafter(drafts, name, max_tokens=config.max_draft_tokens, max_model_len=self.max_model_len, vocab_size=c.vocab_size)
 
     # -- requests in and out ---------------------------------------------------------------------------------------
 
@@ -185,26 +192,40 @@ class Engine:
             kv_blocks_leaked=self._pool.leaked(held), num_steps=self._num_steps, num_tokens_generated=self._num_generated,
             num_preemptions=self._num_preemptions, prefix_hit_tokens=self._prefix_hits, prefix_query_tokens=self._prefix_queries,
             num_imported_tokens=self._num_imported, num_scheduler_errors=self._num_scheduler_errors,
+            num_draft_tokens=self._drafter.num_drafted if self._drafter else 0,
+            num_draft_tokens_accepted=self._drafter.num_accepted if self._drafter else 0,
+            num_draft_errors=self._drafter.num_errors if self._drafter else 0,
         )  # fmt: skip
 
     def measure_step_ms(self, num_prefill_tokens: int, num_decodes: int, kv_tokens: int) -> float:
         """Milliseconds of one synthetic step; see `plugmesh.records.SchedulerContext`. Leaves the engine as it was. Raises Overloaded when blocks are short."""
-        return measure_step_ms(self._runner, self._pool, self.model.config.vocab_size, num_prefill_tokens, num_decodes, kv_tokens)
+        return measure_step_ms(self._executor, self._pool, self.model.config.vocab_size, num_prefill_tokens, num_decodes, kv_tokens)
+
+    def close(self) -> None:
+        """Ends the executor's threads. No other method may be called afterwards."""
+        self._executor.close()
 
     # -- one step --------------------------------------------------------------------------------------------------
 
     def step(self) -> StepOutput:
         """One forward pass over what the scheduler chose. Safe to call without work."""
         plan = self._schedule()
-        plan, logits = self._run(plan)
-        sampled = self._sample(plan, logits)
-        return self._emit(sampled)
+        self._draft(plan)
+        began = time.perf_counter()
+        plan, result = self._run(plan)
+        step_ms = (time.perf_counter() - began) * 1e3
+        sampled = self._sample(plan, result)
+        self._append(sampled)
+        if self._drafter is not None:
+            self._drafter.observe(plan, step_ms)
+        return self._emit()
 
     def _schedule(self) -> list[Planned]:
         """Asks the scheduler, then admits, takes blocks and preempts until the plan can run."""
         try:
             wishes = self._scheduler.schedule(tuple(self._waiting), tuple(self._running), self._view)
-            self._check_plan(wishes)
+            if self._scheduler is not self._own_scheduler:
+                self._check_plan(wishes)
         except Exception as e:
             if self._scheduler is self._own_scheduler:
                 raise
@@ -212,14 +233,14 @@ class Engine:
             log.warning("engine.scheduler_failed", scheduler=self._scheduler_name, error=type(e).__name__, count=self._num_scheduler_errors)
             wishes = self._own_scheduler.schedule(tuple(self._waiting), tuple(self._running), self._view)
         plan: list[Planned] = []
-        may_enter = {id(s) for s in self._waiting}  # not those that this very step preempts
+        may_enter = {id(s) for s in self._waiting} if self._waiting else set()  # not those that this very step preempts
         for seq, num_tokens in wishes:
             assert isinstance(seq, Seq)
             if seq.state is State.WAITING and id(seq) in may_enter and not self._admit(seq):
                 may_enter.clear()  # nobody overtakes the one that did not fit
             if seq.state is State.RUNNING and self._make_room(seq, num_tokens := min(num_tokens, seq.num_pending)):
-                plan.append((seq, num_tokens))
-        return [(s, n) for s, n in plan if s.state is State.RUNNING]  # a later one may have preempted an earlier one
+                plan.append(Planned(seq, num_tokens))
+        return [p for p in plan if p.seq.state is State.RUNNING]  # a later one may have preempted an earlier one
 
     def _check_plan(self, wishes: Sequence[tuple[SequenceView, int]]) -> None:
         known = {id(s) for s in chain(self._waiting, self._running)}
@@ -230,72 +251,121 @@ class Engine:
             if not 1 <= num_tokens <= self._view.pending(seq):
                 raise ValueError(f"{num_tokens} tokens planned, {self._view.pending(seq)} pending")
 
-    def _run(self, plan: list[Planned]) -> tuple[list[Planned], torch.Tensor | None]:
-        """Computes the plan. When that raises, each sequence runs alone, and those that raise again end with an error."""
+    def _draft(self, plan: list[Planned]) -> None:
+        """Asks the draft method, and takes blocks for what it gives; nobody is preempted for a draft, and admissions keep their margin."""
+        if self._drafter is None:
+            return
+        self._drafter.propose(plan)
+        for p in plan:
+            if p.draft:
+                s = p.seq
+                while len(s.blocks) * BLOCK_TOKENS < s.num_computed + 1 + len(p.draft) and self._pool.num_free > self._view.watermark:
+                    s.blocks.append(self._pool.take())
+                p.draft = p.draft[: len(s.blocks) * BLOCK_TOKENS - s.num_computed - 1]
+
+    def _run(self, plan: list[Planned]) -> tuple[list[Planned], StepResult | None]:
+        """Computes the plan. When that raises, each sequence runs alone and without its draft, and those that raise again end with an error."""
         if not plan:
             return plan, None
         self._num_steps += 1
-        logits: torch.Tensor | None
+        result: StepResult | None
         try:
-            logits = self._runner.run([self._rows(s, n) for s, n in plan])
+            result = self._executor.run([self._rows(p) for p in plan])
             done = plan
         except Exception as e:
             log.warning("engine.step_failed", num_sequences=len(plan), error=type(e).__name__)
             parts, done = [], []
-            for s, n in plan:
-                if s.state is not State.RUNNING:  # its sibling failed
+            for p in plan:
+                p.draft = ()
+                if p.seq.state is not State.RUNNING:  # its sibling failed
                     continue
                 try:
-                    parts.append(self._runner.run([self._rows(s, n)]))
-                    done.append((s, n))
+                    part = self._executor.run([self._rows(p)])
+                    parts.append((part.best.copy(), part.logits.copy()))
+                    done.append(p)
                 except Exception as e1:
                     # Not the traceback: a renderer that shows local variables would put token ids into the log.
                     frame = traceback.extract_tb(e1.__traceback__)[-1]
-                    log.error("engine.sequence_failed", request_id=s.request_id, error=type(e1).__name__, where=f"{frame.name}:{frame.lineno}")
-                    self._fail(s.group, e1 if isinstance(e1, PlugmeshError) else InternalError("the model failed on this request"))
-            done = [(s, n) for s, n in done if s.state is State.RUNNING]
-            logits = torch.cat(parts) if parts else None
+                    log.error("engine.sequence_failed", request_id=p.seq.request_id, error=type(e1).__name__, where=f"{frame.name}:{frame.lineno}")
+                    self._fail(p.seq.group, e1 if isinstance(e1, PlugmeshError) else InternalError("the model failed on this request"))
+            done = [p for p in done if p.seq.state is State.RUNNING]
+            result = StepResult(np.concatenate([b for b, _ in parts]), np.concatenate([x for _, x in parts])) if parts else None
             if len(parts) != len(done):  # a sibling's failure took others of its request along; start over without them
                 return self._run(done)
-        for s, n in done:
-            s.num_computed += n
-        return done, logits
+        for p in done:
+            p.seq.num_computed += p.num_tokens
+        return done, result
 
-    def _sample(self, plan: list[Planned], logits: torch.Tensor | None) -> list[tuple[Seq, TokenInfo | None]]:
-        """Tokens for every sequence whose pending tokens are all computed; prompts shared by siblings are forked here."""
-        finals = [s for s, _ in plan if s.num_computed == s.target]  # as the rows of the logits
+    def _sample(self, plan: list[Planned], result: StepResult | None) -> list[Sampled]:
+        """A token for every wanted row of every sequence whose pending tokens are all computed; prompts shared by siblings are forked here."""
         self._after_compute(plan)
-        pairs: list[tuple[Seq, int]] = []  # sequence and row of the logits
-        for row, s in enumerate(finals):
+        sampled: list[Sampled] = []
+        pairs: list[tuple[Seq, Planned, int, list[TokenInfo | None]]] = []  # sequence, its part, first row of the logits, where its tokens go
+        row = full_row = 0
+        best = result.best.tolist() if result is not None else []
+        for p in plan:
+            assert p.rows is not None
+            if not (n := p.rows.num_wanted):
+                continue
+            s, first, full_first = p.seq, row, full_row
+            row += n
+            full_row += n if p.rows.full else 0
             if s.state is not State.RUNNING:  # its KV turned out bad
                 continue
+            if p.draft and -1 in best[first:row]:
+                self._forget_draft(p, best[first:row])
             if s.group.forked:
-                pairs.append((s, row))
+                seqs = [s]
             else:
                 self._fork(s)
-                pairs.extend((sibling, row) for sibling in s.group.alive if sibling.num_computed == len(sibling.tokens))
-        if not pairs or logits is None:
-            return []
-        chosen = logits if [r for _, r in pairs] == list(range(len(logits))) else logits[[r for _, r in pairs]]
-        infos = sample(chosen, [self._sample_row(s) for s, _ in pairs])
-        return [(s, info) for (s, _), info in zip(pairs, infos, strict=True)]
+                seqs = [sibling for sibling in s.group.alive if sibling.num_computed == len(sibling.tokens)]
+            for sibling in seqs:
+                infos: list[TokenInfo | None] = [] if p.rows.full else [TokenInfo(t) if t >= 0 else None for t in best[first:row]]
+                sampled.append((sibling, p, infos))
+                if p.rows.full:
+                    pairs.append((sibling, p, full_first, infos))
+        if pairs:
+            assert result is not None
+            at = [full_first + i for _, p, full_first, _ in pairs for i in range(1 + len(p.draft))]
+            logits = result.logits if at == list(range(len(result.logits))) else result.logits[at]
+            found = iter(sample(logits, [self._sample_row(s, p.draft, i) for s, p, _, _ in pairs for i in range(1 + len(p.draft))]))
+            for _, p, _, infos in pairs:
+                infos.extend(itertools.islice(found, 1 + len(p.draft)))
+        return sampled
 
-    def _emit(self, sampled: list[tuple[Seq, TokenInfo | None]]) -> StepOutput:
-        """Appends the tokens, ends what is complete, and hands over the step's output."""
-        for s, info in sampled:
+    def _append(self, sampled: list[Sampled]) -> None:
+        """Appends the tokens, a drafted one only where the sampler chose the same, and ends what is complete."""
+        for s, p, infos in sampled:
             if s.state is not State.RUNNING:  # a sibling's error ended the request
                 continue
-            if info is None:
+            index, draft = s.num_generated, p.draft
+            reason: FinishReason | None = None
+            told: list[TokenInfo] = []
+            for info in infos:
+                if info is None:  # at the first row that is the model's failure; behind it the next step will see
+                    break
+                token = info.token_id
+                told.append(info)
+                s.tokens.append(token)
+                s.count(token)
+                reason = self._finish_reason(s, token)
+                if reason is not None or len(told) > len(draft) or draft[len(told) - 1] != token:
+                    break
+            if not told:
                 self._fail(s.group, InternalError("the model gave no finite logits for this request"))
                 continue
-            index = s.num_generated
-            s.tokens.append(info.token_id)
-            s.count(info.token_id)
-            self._num_generated += 1
-            reason = self._finish_reason(s, info.token_id)
+            self._num_generated += len(told)
+            if len(told) > 1:  # the KV of accepted tokens is there already
+                p.num_accepted = len(told) - 1
+                s.num_computed += len(told) - 1
+                if s.group.cache:
+                    s.register(self._pool.prefix, self._layout_key)
             if reason is not None or s.group.request.prefill_only:
                 self._end(s, reason or FinishReason.LENGTH)
-            self._tell(s, index, (info,), reason)
+            self._tell(s, index, tuple(told), reason)
+
+    def _emit(self) -> StepOutput:
+        """Hands over what the step produced."""
         out, self._out = self._out, StepOutput(step=self._num_steps + 1)
         out.step = self._num_steps
         return out
@@ -383,11 +453,26 @@ class Engine:
 
     def _after_compute(self, plan: Iterable[Planned]) -> None:
         """Makes new full blocks findable and announces those of prefill_only prompts."""
-        for s, _ in plan:
+        for p in plan:
+            s = p.seq
             if s.state is State.RUNNING and s.group.cache:
                 s.register(self._pool.prefix, self._layout_key)
             if s.state is State.RUNNING and s.group.request.prefill_only:
                 self._announce(s)
+
+    def _forget_draft(self, p: Planned, best: Sequence[int]) -> None:
+        """Cuts a draft before its first row without finite logits, and removes the KV behind it: later rows write over what a rejected token left, but
+        a backend that masks by adding -inf would meet its NaN until then."""
+        s = p.seq
+        if best[0] == -1:  # not the draft's fault
+            return
+        p.draft = p.draft[: best.index(-1) - 1]
+        good = s.num_computed + len(p.draft)
+        keep = -(-good // BLOCK_TOKENS)
+        self._pool.drop(reversed(s.blocks[keep:]))
+        del s.blocks[keep:]
+        if good % BLOCK_TOKENS:
+            self._pool.truncate(s.blocks[-1], good % BLOCK_TOKENS)
 
     def _announce(self, s: Seq) -> None:
         g, prompt = s.group, s.group.request.token_ids
@@ -395,7 +480,7 @@ class Engine:
         last = -(-g.num_prompt // BLOCK_TOKENS) if computed == g.num_prompt else computed // BLOCK_TOKENS
         if g.num_blocks_announced == last:
             return
-        if not bool(torch.isfinite(self._pool.storage[s.blocks[g.num_blocks_announced : last]]).all()):
+        if not self._pool.memory.all_finite(s.blocks[g.num_blocks_announced : last]):
             self._fail(g, InternalError("the model gave no finite keys and values for this request"))  # they must not reach other engines
             return
         names = s.names_upto(computed, self._layout_key)
@@ -447,7 +532,7 @@ class Engine:
         del self._groups[g.request.request_id]
 
     def _tell(self, s: Seq, index: int, tokens: tuple[TokenInfo, ...], reason: FinishReason | None, error: PlugmeshError | None = None) -> None:
-        done = not s.group.alive
+        done = s.state is State.FINISHED and not s.group.alive
         usage = self._usage(s.group) if done else None
         self._out.tokens.append(TokenEvent(s.request_id, s.index, index, tokens, reason, done, usage, error))
         if done:
@@ -476,7 +561,7 @@ class Engine:
                     self._tell(s, s.num_generated, (), reason)
 
     def _finish_reason(self, s: Seq, token: int) -> FinishReason | None:
-        if token in s.group.end_ids(self.model.config.eos_token_ids):
+        if token in s.group.end_ids(self._eos):
             return FinishReason.STOP
         if s.num_generated >= s.sampling.max_tokens or len(s.tokens) >= self.max_model_len:
             return FinishReason.LENGTH
@@ -487,13 +572,30 @@ class Engine:
 
     # -- rows ------------------------------------------------------------------------------------------------------
 
-    def _rows(self, s: Seq, num_tokens: int) -> Rows:
-        end = s.num_computed + num_tokens
-        return Rows(s.tokens[s.num_computed : end], s.num_computed, s.blocks, logits=end == s.target)
+    def _rows(self, p: Planned) -> Rows:
+        s, draft = p.seq, p.draft
+        start = s.num_computed
+        end, num_wanted, full = start + p.num_tokens, 0, False
+        if end == s.target:
+            num_wanted = 1 + len(draft)
+            g = s.group
+            min_tokens = g.request.sampling.min_tokens
+            full = g.needs_logits or (min_tokens > 0 and (not g.forked or s.num_generated < min_tokens))
+        ids = s.tokens[start:end]
+        if draft:
+            ids += draft
+        p.rows = Rows(ids, start, s.blocks, num_wanted, full)
+        return p.rows
 
-    def _sample_row(self, s: Seq) -> SampleRow:
+    def _sample_row(self, s: Seq, draft: Sequence[int], num_before: int) -> SampleRow:
+        """The row behind the first `num_before` drafted tokens, which is only looked at when all of them were accepted."""
         g = s.group
+        counts = s.counts or {}
+        if num_before and s.counts is not None:
+            counts = dict(counts)
+            for token in draft[:num_before]:
+                counts[token] = counts.get(token, 0) + 1
         return SampleRow(
-            params=s.sampling, seed=g.seed, sequence=s.index, position=s.num_generated, prompt_ids=g.distinct_prompt_ids(),
-            counts=s.counts or {}, end_ids=g.end_ids(self.model.config.eos_token_ids),
+            params=g.request.sampling, seed=g.seed, sequence=s.index, position=s.num_generated + num_before, prompt_ids=g.distinct_prompt_ids,
+            counts=counts, end_ids=g.end_ids(self._eos),
         )  # fmt: skip

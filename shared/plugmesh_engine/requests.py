@@ -105,6 +105,8 @@ class EngineStats:
         prefix_hit_tokens, prefix_query_tokens: Prompt tokens found in the own cache, of those looked up.
         num_imported_tokens: Tokens whose KV came with requests.
         num_scheduler_errors: Steps in which a plugin's scheduler raised or planned nonsense and the default one stood in.
+        num_draft_tokens, num_draft_tokens_accepted: Drafted tokens that were computed, and those of them that became output.
+        num_draft_errors: Calls of a draft method that raised or gave nonsense; their steps went on without drafts.
     """
 
     num_running: int
@@ -121,3 +123,6 @@ class EngineStats:
     prefix_query_tokens: int
     num_imported_tokens: int
     num_scheduler_errors: int
+    num_draft_tokens: int = 0
+    num_draft_tokens_accepted: int = 0
+    num_draft_errors: int = 0

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import torch
 
 from plugmesh.types import SamplingParams, TokenInfo
 
 _CANDIDATES = 1024  # sorted before a full sort is tried; nearly every top-p lies within
+_MASK = 0xFFFFFFFFFFFFFFFF
+_PYTHON_UNIFORMS = 16  # up to so many rows plain integers are faster than numpy's calls
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +21,7 @@ class SampleRow:
 
     Attributes:
         seed, sequence, position: Name the random number; position counts generated tokens.
-        prompt_ids: Distinct tokens of the prompt, int64; read for the repetition penalty only.
+        prompt_ids: Gives the distinct tokens of the prompt, int64; called for the repetition penalty only.
         counts: Generated tokens and how often each occurred; read for the penalties only.
         end_ids: Tokens that end the sequence, forbidden before `min_tokens`.
     """
@@ -28,16 +30,16 @@ class SampleRow:
     seed: int
     sequence: int
     position: int
-    prompt_ids: np.ndarray
+    prompt_ids: Callable[[], np.ndarray]
     counts: Mapping[int, int]
     end_ids: Sequence[int]
 
 
-@torch.inference_mode()
-def sample(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[TokenInfo | None]:
+def sample(logits: np.ndarray, rows: Sequence[SampleRow]) -> list[TokenInfo | None]:
     """One token per row, in the order that `plugmesh.types.SamplingParams` documents.
 
     Tokens whose logits tie with the last one that top-k or top-p lets in are let in too, so that a result never depends on the order of a sort.
+    Runs in `plugmesh_kernels` when that is compiled, else in numpy, with the same results but for the last bits of sums.
 
     Args:
         logits: (R, vocab) float32; changed in place.
@@ -45,32 +47,13 @@ def sample(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[TokenInfo | 
     Returns:
         None for a row without a finite maximum (NaN or infinity in the model's output).
     """
-    finite = torch.isfinite(logits.amax(dim=1))
-    ok = finite.tolist()
-    if not all(ok):
-        logits[~finite] = 0.0
-    _bias(logits, rows)
-    _penalise(logits, rows)
-    _forbid_early_end(logits, rows)
+    spoiled = [i for i, r in enumerate(rows) if _edits(r) and not np.isfinite(logits[i].max())]  # before an edit hides it
+    for i, r in enumerate(rows):
+        if _edits(r):
+            _edit(logits[i], r)
+    logits[spoiled] = np.nan
     chosen = _choose(logits, rows)
-    infos = _infos(logits, rows, chosen)
-    return [info if good else None for info, good in zip(infos, ok, strict=True)]
-
-
-def uniforms(seeds: Sequence[int], sequences: Sequence[int], positions: Sequence[int]) -> np.ndarray:
-    """One number in [0, 1) per (seed, sequence, position), without state.
-
-    The three are absorbed one after another with the finaliser of SplitMix64 (Steele et al., OOPSLA 2014); the upper 53 bits give the number.
-    """
-    with np.errstate(over="ignore"):
-        h = np.zeros(len(seeds), dtype=np.uint64)
-        for part in (seeds, sequences, positions):
-            words = np.array([int(v) & 0xFFFFFFFFFFFFFFFF for v in part], dtype=np.uint64)
-            h = (h ^ words) + np.uint64(0x9E3779B97F4A7C15)
-            h = (h ^ (h >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            h = (h ^ (h >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            h = h ^ (h >> np.uint64(31))
-    return (h >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return _infos(logits, rows, chosen)
 
 
 def needs_counts(params: SamplingParams) -> bool:
@@ -78,140 +61,179 @@ def needs_counts(params: SamplingParams) -> bool:
     return params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
 
 
-def _flat(logits: torch.Tensor, row_of: list[np.ndarray], ids: list[np.ndarray], *values: list[np.ndarray]) -> tuple[torch.Tensor, ...]:
-    arrays = [np.concatenate(row_of), np.concatenate(ids), *(np.concatenate(v).astype(np.float32) for v in values)]
-    return tuple(torch.from_numpy(a).to(logits.device) for a in arrays)
+def needs_logits(params: SamplingParams) -> bool:
+    """Whether more than the best token of a row is wanted, `min_tokens` aside."""
+    return params.temperature > 0 or params.logprobs or bool(params.logit_bias) or needs_counts(params)
 
 
-def _bias(logits: torch.Tensor, rows: Sequence[SampleRow]) -> None:
-    row_of, ids, bias = [], [], []
-    for i, r in enumerate(rows):
-        if r.params.logit_bias:
-            n = len(r.params.logit_bias)
-            row_of.append(np.full(n, i, dtype=np.int64))
-            ids.append(np.fromiter(r.params.logit_bias.keys(), dtype=np.int64, count=n))
-            bias.append(np.fromiter(r.params.logit_bias.values(), dtype=np.float64, count=n))
-    if row_of:
-        at, token, value = _flat(logits, row_of, ids, bias)
-        logits[at, token] += value
+def uniforms(seeds: Sequence[int], sequences: Sequence[int], positions: Sequence[int]) -> np.ndarray:
+    """One number in [0, 1) per (seed, sequence, position), without state.
+
+    The three are absorbed one after another with the finaliser of SplitMix64 (Steele et al., OOPSLA 2014); the upper 53 bits give the number.
+    """
+    if len(seeds) <= _PYTHON_UNIFORMS:
+        return np.array([_uniform(*key) for key in zip(seeds, sequences, positions, strict=True)])
+    with np.errstate(over="ignore"):
+        h = np.zeros(len(seeds), dtype=np.uint64)
+        for part in (seeds, sequences, positions):
+            words = np.array([int(v) & _MASK for v in part], dtype=np.uint64)
+            h = (h ^ words) + np.uint64(0x9E3779B97F4A7C15)
+            h = (h ^ (h >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            h = (h ^ (h >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            h = h ^ (h >> np.uint64(31))
+    return (h >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def _penalise(logits: torch.Tensor, rows: Sequence[SampleRow]) -> None:
-    """Repetition over prompt and output (divides positive logits, multiplies negative ones; CTRL, arXiv:1909.05858), then presence and frequency over the output."""
-    row_of, ids, factor = [], [], []
-    for i, r in enumerate(rows):
-        if r.params.repetition_penalty != 1.0:
-            seen = np.union1d(r.prompt_ids, np.fromiter(r.counts.keys(), dtype=np.int64, count=len(r.counts)))
-            row_of.append(np.full(len(seen), i, dtype=np.int64))
-            ids.append(seen)
-            factor.append(np.full(len(seen), r.params.repetition_penalty))
-    if row_of:
-        at, token, f = _flat(logits, row_of, ids, factor)
-        old = logits[at, token]
-        logits[at, token] = torch.where(old > 0, old / f, old * f)
-    row_of, ids, less = [], [], []
-    for i, r in enumerate(rows):
-        p = r.params
-        if r.counts and (p.presence_penalty or p.frequency_penalty):
-            n = len(r.counts)
-            row_of.append(np.full(n, i, dtype=np.int64))
-            ids.append(np.fromiter(r.counts.keys(), dtype=np.int64, count=n))
-            less.append(p.presence_penalty + p.frequency_penalty * np.fromiter(r.counts.values(), dtype=np.float64, count=n))
-    if row_of:
-        at, token, minus = _flat(logits, row_of, ids, less)
-        logits[at, token] -= minus
+def _uniform(seed: int, sequence: int, position: int) -> float:
+    h = 0
+    for word in (seed, sequence, position):
+        h = ((h ^ (word & _MASK)) + 0x9E3779B97F4A7C15) & _MASK
+        h = ((h ^ (h >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        h = ((h ^ (h >> 27)) * 0x94D049BB133111EB) & _MASK
+        h ^= h >> 31
+    return (h >> 11) * 2.0**-53
 
 
-def _forbid_early_end(logits: torch.Tensor, rows: Sequence[SampleRow]) -> None:
-    for i, r in enumerate(rows):
-        if r.position < r.params.min_tokens and r.end_ids:
-            logits[i, list(r.end_ids)] = float("-inf")
+# -- what changes the logits ---------------------------------------------------------------------------------------------------
 
 
-def _choose(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[int]:
-    random = [i for i, r in enumerate(rows) if r.params.temperature > 0]
-    if not random:
-        return logits.argmax(dim=1).tolist()
-    tokens = logits.argmax(dim=1).tolist() if len(random) < len(rows) else [0] * len(rows)
-    drawn = _draw(logits if len(random) == len(rows) else logits[random], [rows[i] for i in random])
-    for i, token in zip(random, drawn, strict=True):
-        tokens[i] = token
-    return tokens
+def _edits(r: SampleRow) -> bool:
+    p = r.params
+    return bool(p.logit_bias) or needs_counts(p) or r.position < p.min_tokens
 
 
-def _draw(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[int]:
-    """Inverse CDF over the tokens in the order of their ids, in float64."""
+def _edit(x: np.ndarray, r: SampleRow) -> None:
+    """Bias, then repetition over prompt and output (divides positive logits, multiplies negative ones; CTRL, arXiv:1909.05858), then
+    presence and frequency over the output, then no early end; x (vocab,) in place."""
+    p = r.params
+    if p.logit_bias:
+        n = len(p.logit_bias)
+        x[np.fromiter(p.logit_bias.keys(), np.int64, n)] += np.fromiter(p.logit_bias.values(), np.float32, n)
+    if p.repetition_penalty != 1.0:
+        seen = np.union1d(r.prompt_ids(), np.fromiter(r.counts.keys(), np.int64, len(r.counts)))
+        old, factor = x[seen], np.float32(p.repetition_penalty)
+        x[seen] = np.where(old > 0, old / factor, old * factor)
+    if r.counts and (p.presence_penalty or p.frequency_penalty):
+        n = len(r.counts)
+        less = p.presence_penalty + p.frequency_penalty * np.fromiter(r.counts.values(), np.float64, n)
+        x[np.fromiter(r.counts.keys(), np.int64, n)] -= less.astype(np.float32)
+    if r.position < p.min_tokens and r.end_ids:
+        x[list(r.end_ids)] = -np.inf
 
-    def column(values: Sequence[float] | np.ndarray) -> torch.Tensor:
-        return torch.as_tensor(np.asarray(values, dtype=np.float64)).to(logits.device)[:, None]
 
-    scaled = logits.double() / column([r.params.temperature for r in rows])
-    scaled -= scaled.amax(dim=1, keepdim=True)
-    floor = thresholds(scaled, [r.params for r in rows])
-    mass = scaled.exp()
-    if floor is not None:
-        mass.masked_fill_(scaled < floor, 0.0)
-    cdf = mass.cumsum(dim=1)
-    total = cdf[:, -1:]
-    u = uniforms([r.seed for r in rows], [r.sequence for r in rows], [r.position for r in rows])
-    # Strictly below the total, so that rounding cannot lead past the last token with mass.
-    target = torch.minimum(column(u) * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cdf, target, right=True)[:, 0].tolist()
+# -- the choice ----------------------------------------------------------------------------------------------------------------
 
 
-def thresholds(scaled: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor | None:
-    """The lowest value that top-k, then top-p of what remains, then min-p let in; (R, 1), None when no row filters.
+def _kernels() -> Any:
+    """The compiled module, or None."""
+    try:
+        import plugmesh_kernels
+    except ImportError:
+        return None
+    module = plugmesh_kernels.native() if plugmesh_kernels.available() else None
+    return module if hasattr(module, "sample_rows") else None
+
+
+def _choose(logits: np.ndarray, rows: Sequence[SampleRow]) -> np.ndarray:
+    """(R,) int32, -1 for a row without a finite maximum."""
+    ps = [r.params for r in rows]
+    random = [i for i, p in enumerate(ps) if p.temperature > 0]
+    u = np.zeros(len(rows))
+    if random:
+        u[random] = uniforms([rows[i].seed for i in random], [rows[i].sequence for i in random], [rows[i].position for i in random])
+    temperature = np.array([p.temperature for p in ps], np.float32)
+    top_k = np.array([max(0, p.top_k) for p in ps], np.int32)
+    top_p, min_p = np.array([p.top_p for p in ps], np.float32), np.array([p.min_p for p in ps], np.float32)
+    kernels = _kernels()
+    choose = kernels.sample_rows if kernels is not None else sample_rows
+    return choose(logits, temperature, top_k, top_p, min_p, u)
+
+
+def sample_rows(logits: np.ndarray, temperature: np.ndarray, top_k: np.ndarray, top_p: np.ndarray, min_p: np.ndarray, u: np.ndarray) -> np.ndarray:
+    """`plugmesh_kernels.native().sample_rows` in numpy: inverse CDF over the tokens in the order of their ids, in float64; argmax at temperature 0.
 
     Args:
-        scaled: (R, vocab) float64, logits after temperature minus their row's maximum.
+        logits: (R, vocab) float32, not changed; the others (R,).
+        top_k: 0 for off.
+
+    Returns:
+        (R,) int32, -1 for a row without a finite maximum.
     """
-    vocab = scaled.shape[1]
-    floor: torch.Tensor | None = None
-    min_p = [np.log(p.min_p) if p.min_p > 0 else -np.inf for p in params]
-    if any(m > -np.inf for m in min_p):
-        floor = torch.as_tensor(np.asarray(min_p)).to(scaled.device)[:, None]
-    top_k = [p.top_k if 0 < p.top_k < vocab else vocab for p in params]
-    cut = [i for i, p in enumerate(params) if top_k[i] < vocab or p.top_p < 1.0]
-    if not cut:
-        return floor
-    if floor is None:
-        floor = torch.full((len(params), 1), -torch.inf, dtype=scaled.dtype, device=scaled.device)
-    num = min(vocab, max([_CANDIDATES, *(top_k[i] for i in cut if top_k[i] < vocab)]))
-    best = torch.topk(scaled[cut], num, dim=1).values
-    for j, i in enumerate(cut):
-        value = _nucleus(scaled[i], best[j], top_k[i], params[i].top_p)
+    chosen = np.full(len(logits), -1, np.int32)
+    for i, x in enumerate(logits):
+        best = x.max()
+        if not np.isfinite(best):
+            continue
+        if temperature[i] <= 0:
+            chosen[i] = x.argmax()
+            continue
+        scaled = x.astype(np.float64) / temperature[i]
+        scaled -= scaled.max()
+        mass = np.exp(scaled)
+        mass[scaled < _floor(scaled, int(top_k[i]), float(top_p[i]), float(min_p[i]))] = 0.0
+        cdf = mass.cumsum()
+        # Strictly below the total, so that rounding cannot lead past the last token with mass.
+        chosen[i] = np.searchsorted(cdf, min(u[i] * cdf[-1], np.nextafter(cdf[-1], 0.0)), side="right")
+    return chosen
+
+
+def _floor(scaled: np.ndarray, top_k: int, top_p: float, min_p: float) -> float:
+    """The lowest of the scaled logits that top-k, then top-p of what remains, then min-p let in."""
+    vocab = len(scaled)
+    floor = float(np.log(min_p)) if min_p > 0 else -np.inf
+    if not 0 < top_k < vocab:
+        top_k = vocab
+    if top_k < vocab or top_p < 1.0:
+        num = min(vocab, max(_CANDIDATES, top_k if top_k < vocab else 0))
+        value = _nucleus(scaled, -np.sort(-np.partition(scaled, vocab - num)[vocab - num :]), top_k, top_p)
         if value is None:  # flatter than the candidates reach
-            value = _nucleus(scaled[i], torch.sort(scaled[i], descending=True).values, top_k[i], params[i].top_p)
+            value = _nucleus(scaled, -np.sort(-scaled), top_k, top_p)
         assert value is not None
-        floor[i] = torch.maximum(floor[i], value)
+        floor = max(floor, value)
     return floor
 
 
-def _nucleus(row: torch.Tensor, best: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor | None:
+def _nucleus(row: np.ndarray, best: np.ndarray, top_k: int, top_p: float) -> float | None:
     """Lowest value within top-k and top-p; None when `best` (descending) ends before top-p is reached."""
-    kth = best[top_k - 1] if top_k < len(row) else None
+    kth = float(best[top_k - 1]) if top_k < len(row) else None
     if top_p >= 1.0:
         return kth
-    mass = row.exp()
+    mass = np.exp(row)
     total = mass.sum() if kth is None else mass[row >= kth].sum()
-    cumulated = best.exp().cumsum(0)
-    reached = int((cumulated < top_p * total).sum())
+    reached = int((np.exp(best).cumsum() < top_p * total).sum())
     if reached < len(best):
-        return best[reached] if kth is None else torch.maximum(best[reached], kth)
-    return best[-1] if len(best) == len(row) else None
+        return float(best[reached]) if kth is None else max(float(best[reached]), kth)
+    return float(best[-1]) if len(best) == len(row) else None
 
 
-def _infos(logits: torch.Tensor, rows: Sequence[SampleRow], chosen: list[int]) -> list[TokenInfo]:
-    wanted = [i for i, r in enumerate(rows) if r.params.logprobs]
-    infos = [TokenInfo(t) for t in chosen]
+# -- what is told of it --------------------------------------------------------------------------------------------------------
+
+
+def _infos(logits: np.ndarray, rows: Sequence[SampleRow], chosen: np.ndarray) -> list[TokenInfo | None]:
+    infos = [TokenInfo(t) if t >= 0 else None for t in chosen.tolist()]
+    wanted = [i for i, r in enumerate(rows) if r.params.logprobs and infos[i] is not None]
     if not wanted:
         return infos
-    logprobs = torch.log_softmax(logits[wanted], dim=1)
+    kernels = _kernels()
+    tell = kernels.logprobs_rows if kernels is not None else logprobs_rows
     num_top = max(rows[i].params.top_logprobs for i in wanted)
-    best = torch.topk(logprobs, num_top, dim=1)
-    values, ids = best.values.tolist(), best.indices.tolist()
-    for j, i in enumerate(wanted):
+    tokens = np.ascontiguousarray(chosen[wanted])
+    logprob, ids, values = tell(logits if len(wanted) == len(rows) else logits[wanted], tokens, num_top)
+    for i, token, lp, row_ids, row_values in zip(wanted, tokens.tolist(), logprob.tolist(), ids.tolist(), values.tolist(), strict=True):
         n = rows[i].params.top_logprobs
-        top = tuple(zip(ids[j][:n], values[j][:n], strict=True))
-        infos[i] = TokenInfo(chosen[i], float(logprobs[j, chosen[i]]), top)
+        infos[i] = TokenInfo(token, lp, tuple(zip(row_ids[:n], row_values[:n], strict=True)))
     return infos
+
+
+def logprobs_rows(logits: np.ndarray, tokens: np.ndarray, num_top: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`plugmesh_kernels.native().logprobs_rows` in numpy: log-softmax of (R, vocab) at `tokens` (R,), and its `num_top` best, ties by lower id.
+
+    Returns:
+        (R,) float32, (R, num_top) int32, (R, num_top) float32.
+    """
+    x = logits.astype(np.float64)
+    x -= x.max(axis=1, keepdims=True)
+    x -= np.log(np.exp(x).sum(axis=1, keepdims=True))
+    ids = np.argsort(-logits, axis=1, kind="stable")[:, :num_top]
+    at = np.arange(len(x))
+    return x[at, tokens].astype(np.float32), ids.astype(np.int32), np.take_along_axis(x, ids, axis=1).astype(np.float32)

@@ -39,13 +39,14 @@ def plan_prompts(
     the admissions, so that nobody overtakes it. With nothing running the watermark does not count, so that a prompt that fits the pool always gets in.
     """
     plan: list[tuple[SequenceView, int]] = []
-    free = kv.num_free
     for s in running:
-        free -= kv.blocks_for(s, s.num_pending)
         if not s.is_decode and budget > 0:
             n = min(s.num_pending, budget)
             plan.append((s, n))
             budget -= n
+    if not waiting or budget <= 0:
+        return plan
+    free = kv.num_free - sum(kv.blocks_for(s, s.num_pending) for s in running)
     slots = max_num_sequences - sum(s.num_slots for s in running)
     for s in waiting:
         if budget <= 0:

@@ -1,4 +1,4 @@
-"""Where other code can take the engine's place: weight format, attention backend, scheduler.
+"""Where other code can take the engine's place: scheduler, draft method, executor, and below the torch executor attention backend and weight format.
 
 Each is resolved once, when an engine is built; their methods run per step.
 """
@@ -6,11 +6,169 @@ Each is resolved once, when an engine is built; their methods run per step.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
+from plugmesh.types import KvLayout, ModelConfig
+from plugmesh_engine.batch import Rows, StepResult
+from plugmesh_engine.config import EngineConfig
 
-from plugmesh_engine.batch import Batch
+if TYPE_CHECKING:  # the native path runs without torch
+    import torch
+
+    from plugmesh_engine.executors.ragged import Batch
+
+
+class TensorLike(Protocol):
+    """One entry of a manifest: `num_bytes` of `dtype` at `offset` of the file `path`, C order."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def shape(self) -> Sequence[int]: ...
+    @property
+    def path(self) -> str: ...
+    @property
+    def offset(self) -> int: ...
+    @property
+    def num_bytes(self) -> int: ...
+
+
+class ManifestLike(Protocol):
+    """The fields of `plugmesh_proto.v1.weightstore_pb2.ModelManifest` that the engine reads."""
+
+    @property
+    def version(self) -> str: ...
+    @property
+    def config_json(self) -> str: ...
+    @property
+    def format(self) -> str: ...
+    @property
+    def tensors(self) -> Sequence[TensorLike]: ...
+
+
+class Model(Protocol):
+    """Weights in the form that one kind of executor reads.
+
+    Attributes:
+        version: Names the weights; KV of different versions never mixes.
+        num_mapped_bytes, num_copied_bytes: Weights that share the file's pages, and those that had to be converted or moved.
+    """
+
+    @property
+    def config(self) -> ModelConfig: ...
+    @property
+    def version(self) -> str: ...
+    @property
+    def num_mapped_bytes(self) -> int: ...
+    @property
+    def num_copied_bytes(self) -> int: ...
+
+    def build_executor(self, config: EngineConfig) -> Executor:
+        """An executor with KV memory of its own. Raises ConfigError when `config` asks for what the weights were not loaded for."""
+
+
+class KvMemory(Protocol):
+    """Blocks 0 to num_blocks of KV. Block 0 is the null block: always zero, never handed out."""
+
+    def zero(self, block: int) -> None:
+        """Makes every row of a block zero."""
+
+    def copy(self, source: int, target: int) -> None:
+        """Makes `target` equal to `source`."""
+
+    def read(self, block: int) -> memoryview:
+        """`KvLayout.block_bytes` bytes in the layout's own order; on a CPU the memory itself, else a copy."""
+
+    def write(self, block: int, data: bytes | bytearray | memoryview, num_tokens: int) -> None:
+        """Inverse of `read`; rows from `num_tokens` on become zero, whatever `data` holds for them."""
+
+    def all_finite(self, blocks: Sequence[int]) -> bool:
+        """Whether no NaN or infinity is in any of the blocks."""
+
+
+class Executor(Protocol):
+    """Runs the model. One object per engine, used by one thread.
+
+    Attributes:
+        layout: Of the blocks of `memory`; its key separates what different executors computed.
+    """
+
+    @property
+    def layout(self) -> KvLayout: ...
+    @property
+    def memory(self) -> KvMemory: ...
+
+    def run(self, rows: Sequence[Rows]) -> StepResult:
+        """One forward pass: writes the KV of all rows, gives outputs for the wanted ones. Raising means that no output can be trusted, and no more."""
+
+    def close(self) -> None:
+        """Ends its threads. Called once, after the last step."""
+
+
+class DraftView(Protocol):
+    """What a draft method sees of a decoding sequence. Read only, but for `memo`.
+
+    Attributes:
+        tokens: Prompt and output so far; grows in place from step to step.
+        max_draft_tokens: Drafted tokens that could still be of use to it: the step's limit, the request's max_tokens and the context.
+        memo: The method's own, None at first; lives as long as the sequence.
+    """
+
+    memo: Any
+
+    @property
+    def request_id(self) -> str: ...
+    @property
+    def index(self) -> int: ...
+    @property
+    def tokens(self) -> Sequence[int]: ...
+    @property
+    def num_prompt_tokens(self) -> int: ...
+    @property
+    def max_draft_tokens(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class DraftOutcome:
+    """What became of one step's drafts.
+
+    Attributes:
+        views: As given to `propose`; sequences that ended in the step among them, with their last tokens.
+        num_drafted, num_accepted: Per view; of what was proposed, memory may have cut the end.
+        num_rows: Rows of the step: one per decode, the drafted ones, and those of prompts.
+        num_prompt_rows: Rows of prompts among them.
+        step_ms: Time of the forward pass.
+    """
+
+    views: Sequence[DraftView]
+    num_drafted: Sequence[int]
+    num_accepted: Sequence[int]
+    num_rows: int
+    num_prompt_rows: int
+    step_ms: float
+
+
+class DraftMethod(Protocol):
+    """Guesses the next tokens of decoding sequences, so that one forward pass can check several.
+
+    The engine accepts a drafted token only where its own sampler chose the same one, so the output is that without drafts, token for token.
+    What a method returns or raises costs time, never correctness: ids outside the vocabulary and what exceeds the limits are cut off, and a step whose
+    `propose` raises goes on without drafts.
+    """
+
+    def propose(self, views: Sequence[DraftView], num_prompt_rows: int) -> Sequence[Sequence[int]]:
+        """Drafted tokens for each view, at most its `max_draft_tokens`; empty for none. Called once per step that decodes, on the engine's thread.
+
+        Args:
+            views: The sequences that decode in this step, never empty.
+            num_prompt_rows: Rows of prompts that share the step.
+        """
+
+    def observe(self, outcome: DraftOutcome) -> None:
+        """What became of the step whose `propose` did not raise, also when nothing was drafted."""
 
 
 class SequenceView(Protocol):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from plugmesh.types import BLOCK_TOKENS, FinishReason, SamplingParams, block_id
 from plugmesh_engine.kv.prefix import PrefixCache
 from plugmesh_engine.requests import EngineRequest, KvSource
+from plugmesh_engine.sampler import needs_logits
 
 
 class State(enum.Enum):
@@ -31,6 +33,7 @@ class Group:
         kv: Imported KV, until it is copied into the pool.
         num_cached_tokens: Prompt tokens whose KV was found when the request was first admitted; -1 before.
         num_blocks_announced: Of a prefill_only prompt.
+        num_prompt, needs_logits: Of the request, kept because they are read in every step.
     """
 
     request: EngineRequest
@@ -42,12 +45,14 @@ class Group:
     num_cached_tokens: int = -1
     num_blocks_announced: int = 0
     cache: bool = True
+    num_prompt: int = 0
+    needs_logits: bool = False
     _end_ids: tuple[int, ...] | None = None
     _distinct: np.ndarray | None = None
 
-    @property
-    def num_prompt(self) -> int:
-        return len(self.request.token_ids)
+    def __post_init__(self) -> None:
+        self.num_prompt = len(self.request.token_ids)
+        self.needs_logits = needs_logits(self.request.sampling)
 
     @property
     def alive(self) -> list[Sequence]:
@@ -74,13 +79,15 @@ class Group:
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """One generation of a request. Implements `plugmesh_engine.seams.SequenceView`.
+    """One generation of a request. Implements `plugmesh_engine.seams.SequenceView` and `DraftView`.
 
     Attributes:
         tokens: Prompt and generated tokens; the KV of the first `num_computed` is in `blocks`.
         block_ids: Names of the full blocks of `tokens`, as far as they were needed.
         num_resumed: Generated tokens that came with the request.
         num_registered: Full blocks already offered to the prefix cache.
+        order: Sort key of service: priority, arrival, sequence.
+        max_draft_tokens, memo: See `plugmesh_engine.seams.DraftView`.
     """
 
     group: Group
@@ -94,6 +101,12 @@ class Sequence:
     num_registered: int = 0
     counts: dict[int, int] | None = None
     finish_reason: FinishReason | None = None
+    order: tuple[int, int, int] = (0, 0, 0)
+    max_draft_tokens: int = 0
+    memo: Any = None
+
+    def __post_init__(self) -> None:
+        self.order = (self.group.request.priority, self.group.arrival, self.index)
 
     @property
     def request_id(self) -> str:
@@ -110,11 +123,6 @@ class Sequence:
     @property
     def priority(self) -> int:
         return self.group.request.priority
-
-    @property
-    def order(self) -> tuple[int, int, int]:
-        """Sort key of service: priority, arrival, sequence."""
-        return (self.group.request.priority, self.group.arrival, self.index)
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -135,7 +143,8 @@ class Sequence:
 
     @property
     def is_decode(self) -> bool:
-        return self.num_computed > 0 and self.num_pending == 1
+        g = self.group  # in one piece: asked for every sequence in every step
+        return self.num_computed > 0 and (len(self.tokens) if g.forked else g.num_prompt) - self.num_computed == 1
 
     @property
     def num_slots(self) -> int:
@@ -152,6 +161,8 @@ class Sequence:
 
     def register(self, prefix: PrefixCache, layout_key: bytes) -> None:
         """Makes the blocks that have become full findable."""
+        if self.num_computed // BLOCK_TOKENS == self.num_registered:
+            return
         names = self.names_upto(self.num_computed, layout_key)
         for i in range(self.num_registered, len(names)):
             prefix.insert(names[i], self.blocks[i])

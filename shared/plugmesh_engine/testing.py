@@ -10,16 +10,16 @@ import hashlib
 import pathlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from plugmesh.types import ModelConfig
 from plugmesh_engine.engine import Engine
-from plugmesh_engine.model.llama import Llama
 from plugmesh_engine.requests import EngineRequest, StepOutput, TokenEvent
-from plugmesh_engine.weights import LoadedModel, load_model
+
+if TYPE_CHECKING:  # helpers that do without torch are of use where it is not
+    from plugmesh_engine.executors.torch import TorchModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +95,8 @@ def write_manifest(folder: pathlib.Path, config: ModelConfig, weights: Mapping[s
     entries = []
     with path.open("wb") as f:
         for name, array in weights.items():
-            tensor = torch.from_numpy(np.array(array, dtype=np.float32)).to(getattr(torch, dtype))
-            data = tensor.view(torch.uint8).numpy().tobytes()
+            values = np.ascontiguousarray(array, dtype=np.float32)
+            data = (to_bfloat16(values) if dtype == "bfloat16" else values).tobytes()
             f.write(b"\0" * (-f.tell() % 64))
             entries.append(FileTensor(name, dtype, array.shape, str(path), f.tell(), len(data)))
             f.write(data)
@@ -104,16 +104,29 @@ def write_manifest(folder: pathlib.Path, config: ModelConfig, weights: Mapping[s
     return FileManifest(config.name, digest.hexdigest(), config.architecture, config.to_json(), tuple(entries), dtype)
 
 
-def tiny_model(folder: pathlib.Path, dtype: str = "float32", seed: int = 0, **changes: object) -> LoadedModel:
-    """A random model, stored and mapped like a real one."""
+def to_bfloat16(values: np.ndarray) -> np.ndarray:
+    """The upper halves of float32 as uint16, rounded to nearest even; finite values only."""
+    bits = values.view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+def tiny_model(folder: pathlib.Path, dtype: str = "float32", seed: int = 0, **changes: object) -> TorchModel:
+    """A random model for the torch executor, stored and mapped like a real one."""
+    from plugmesh_engine.executors import torch as torch_executor
+
     config = tiny_config(**changes)
-    return load_model(write_manifest(folder, config, random_weights(config, seed), dtype), dtype)
+    return torch_executor.load(write_manifest(folder, config, random_weights(config, seed), dtype), dtype)
 
 
-def model_in_memory(config: ModelConfig, weights: Mapping[str, np.ndarray], dtype: str = "float32", version: str = "in-memory") -> LoadedModel:
-    """A model over the arrays themselves, without a file; float32 ones are shared, not copied."""
+def model_in_memory(config: ModelConfig, weights: Mapping[str, np.ndarray], dtype: str = "float32", version: str = "in-memory") -> TorchModel:
+    """A model for the torch executor over the arrays themselves, without a file; float32 ones are shared, not copied."""
+    import torch
+
+    from plugmesh_engine.executors.torch import TorchModel
+    from plugmesh_engine.model.llama import Llama
+
     tensors = {name: torch.from_numpy(array).to(getattr(torch, dtype)) for name, array in weights.items()}
-    return LoadedModel(Llama(config, tensors), config, version, dtype, "cpu", 0, sum(t.nbytes for t in tensors.values()))
+    return TorchModel(Llama(config, tensors), config, version, dtype, "cpu", 0, sum(t.nbytes for t in tensors.values()))
 
 
 _GGUF_NAMES = {

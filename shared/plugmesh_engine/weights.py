@@ -1,122 +1,59 @@
-"""Turns a weightstore manifest into a model whose weights are the pages of the stored files."""
+"""From a weightstore manifest to a model, by whichever executor the engine is set to."""
 
 from __future__ import annotations
 
-import math
-import mmap
-import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Mapping
+from typing import Any
 
-import torch
-
-from plugmesh.errors import ConfigError, DataLoss, FailedPrecondition
+from plugmesh.errors import DataLoss
 from plugmesh.types import ModelConfig
-from plugmesh_engine.model.llama import Llama
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-ARCHITECTURES = {"llama": Llama}
-
-
-class TensorLike(Protocol):
-    """One entry of a manifest: `num_bytes` of `dtype` at `offset` of the file `path`, C order."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def dtype(self) -> str: ...
-    @property
-    def shape(self) -> Sequence[int]: ...
-    @property
-    def path(self) -> str: ...
-    @property
-    def offset(self) -> int: ...
-    @property
-    def num_bytes(self) -> int: ...
+from plugmesh_engine.config import EngineConfig, resolve_executor
+from plugmesh_engine.engine import Engine
+from plugmesh_engine.seams import ManifestLike, Model
 
 
-class ManifestLike(Protocol):
-    """The fields of `plugmesh_proto.v1.weightstore_pb2.ModelManifest` that the engine reads."""
+def load_model(manifest: ManifestLike, config: EngineConfig) -> Model:
+    """Maps the weights for the executor that `config` names.
 
-    @property
-    def version(self) -> str: ...
-    @property
-    def config_json(self) -> str: ...
-    @property
-    def tensors(self) -> Sequence[TensorLike]: ...
-
-
-@dataclass(frozen=True, slots=True)
-class LoadedModel:
-    """A model ready to run.
-
-    Attributes:
-        version: Names the weights; KV of different versions never mixes.
-        num_mapped_bytes, num_copied_bytes: Weights that share the file's pages, and those that had to be converted or moved.
-    """
-
-    graph: Llama
-    config: ModelConfig
-    version: str
-    dtype: str
-    device: str
-    num_mapped_bytes: int
-    num_copied_bytes: int
-
-
-def load_model(manifest: ManifestLike, dtype: str, device: str = "cpu") -> LoadedModel:
-    """Maps the tensors read only and builds the graph over them.
-
-    A tensor stored as `dtype` is mapped, so that processes on one host share its pages; a float tensor of another dtype is converted, which copies it.
+    With "auto" a manifest that is not packed for the native executor (format "native") is left to torch.
 
     Raises:
-        FailedPrecondition: A tensor is not stored as floats; the weightstore packs it when asked for a float format.
+        FailedPrecondition: The manifest's format is not one that the executor reads; the weightstore packs the model when asked for `weight_format`.
         DataLoss: A file is shorter than the manifest says, or a tensor is missing or has the wrong shape.
-        ConfigError: Unknown dtype, architecture or rope scaling.
+        ConfigError: Unknown executor, dtype, architecture or rope scaling.
     """
-    if dtype not in ("float32", "bfloat16"):
-        raise ConfigError(f"the engine computes in float32 or bfloat16, not {dtype!r}")
-    config = ModelConfig.from_json(manifest.config_json)
-    if config.architecture not in ARCHITECTURES:
-        raise ConfigError(f"no model family for architecture {config.architecture!r}; known: {', '.join(sorted(ARCHITECTURES))}")
-    files: dict[str, mmap.mmap] = {}
-    tensors: dict[str, torch.Tensor] = {}
-    mapped = copied = 0
-    for entry in manifest.tensors:
-        raw = _map(entry, files)
-        tensor = raw.to(device=device, dtype=DTYPES[dtype])
-        if tensor.data_ptr() == raw.data_ptr():
-            mapped += entry.num_bytes
-        else:
-            copied += tensor.numel() * tensor.element_size()
-        tensors[entry.name] = tensor
-    _check_shapes(config, tensors)
-    graph = ARCHITECTURES[config.architecture](config, tensors)
-    return LoadedModel(graph, config, manifest.version, dtype, device, mapped, copied)
+    name = resolve_executor(config, ModelConfig.from_json(manifest.config_json).architecture)
+    if config.executor == "auto" and manifest.format != "native":
+        name = "torch"
+    if name == "native":
+        from plugmesh_engine.executors import native
+
+        return native.load(manifest)
+    if name == "cuda":
+        from plugmesh_engine.executors import cuda
+
+        return cuda.load(manifest, config)
+    from plugmesh_engine.executors import torch as torch_executor
+
+    return torch_executor.load(manifest, config.dtype, config.device)
 
 
-def _map(entry: TensorLike, files: dict[str, mmap.mmap]) -> torch.Tensor:
-    """The tensor over the file's pages. The mapping lives as long as a tensor uses it."""
-    dtype = DTYPES.get(entry.dtype)
-    if dtype is None:
-        raise FailedPrecondition(f"tensor {entry.name} is stored as {entry.dtype}; resolve the model as float32 or bfloat16", param="format")
-    shape = tuple(int(n) for n in entry.shape)
-    if math.prod(shape) * dtype.itemsize != entry.num_bytes:
-        raise DataLoss(f"tensor {entry.name}: {entry.num_bytes} bytes do not hold {shape} of {entry.dtype}")
-    if entry.path not in files:
-        with open(entry.path, "rb") as f:
-            files[entry.path] = mmap.mmap(f.fileno(), 0, prot=mmap.PROT_READ, flags=mmap.MAP_SHARED)
-    data = files[entry.path]
-    if entry.offset < 0 or entry.offset + entry.num_bytes > len(data):
-        raise DataLoss(f"tensor {entry.name} ends at byte {entry.offset + entry.num_bytes} of a file of {len(data)}")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given buffer is not writable")  # nor is it meant to be
-        return torch.frombuffer(data, dtype=dtype, count=math.prod(shape), offset=entry.offset).view(shape)
+def build_engine(manifest: ManifestLike, config: EngineConfig, *, scheduler: Any = None, drafts: Any = None) -> Engine:
+    """The model of a manifest and an engine on it; for how they fail see `load_model` and `Engine`. Blocks for as long as the weights take to map."""
+    return Engine(load_model(manifest, config), config, scheduler=scheduler, drafts=drafts)
 
 
-def _check_shapes(c: ModelConfig, tensors: dict[str, torch.Tensor]) -> None:
-    """Every tensor that the graph reads is there in the right shape."""
+def check_shapes(c: ModelConfig, found: Mapping[str, tuple[int, ...]]) -> None:
+    """Every tensor that a Llama reads is among `found` in the right shape. Raises DataLoss naming the first that is not."""
+    for name, shape in llama_shapes(c).items():
+        if name not in found:
+            raise DataLoss(f"the manifest lacks tensor {name}")
+        if found[name] != shape:
+            raise DataLoss(f"tensor {name} has shape {found[name]}, expected {shape}")
+
+
+def llama_shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Hugging Face names and (out, in) shapes of a Llama's tensors."""
     q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
     wanted: dict[str, tuple[int, ...]] = {
         "model.embed_tokens.weight": (c.vocab_size, c.hidden_size),
@@ -139,8 +76,4 @@ def _check_shapes(c: ModelConfig, tensors: dict[str, torch.Tensor]) -> None:
         }
         if c.attention_bias:
             wanted |= {f"{p}self_attn.{n}_proj.bias": (size,) for n, size in (("q", q), ("k", kv), ("v", kv))}
-    for name, shape in wanted.items():
-        if name not in tensors:
-            raise DataLoss(f"the manifest lacks tensor {name}")
-        if tuple(tensors[name].shape) != shape:
-            raise DataLoss(f"tensor {name} has shape {tuple(tensors[name].shape)}, expected {shape}")
+    return wanted

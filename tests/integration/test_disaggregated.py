@@ -22,7 +22,7 @@ from plugmesh.types import SamplingParams, block_chain
 from plugmesh.wire import layout_to_pb, sampling_to_pb
 from plugmesh_decode import config as decode_config
 from plugmesh_decode import service as decode_service
-from plugmesh_engine import Engine, EngineConfig, EngineRequest, load_model
+from plugmesh_engine import EngineConfig, EngineRequest, build_engine
 from plugmesh_engine.testing import random_weights, run_to_end, tiny_config, write_manifest
 from plugmesh_kvstore import config as kv_config
 from plugmesh_kvstore import service as kv_service
@@ -100,7 +100,7 @@ class Rig:
 
     def alone(self, ids, **sampling) -> list[list[int]]:
         """Tokens of the same request in an engine of its own."""
-        engine = Engine(load_model(self.manifest, "float32"), EngineConfig(dtype="float32", num_blocks=256))
+        engine = build_engine(self.manifest, EngineConfig(executor="torch", dtype="float32", num_blocks=256))
         params = SamplingParams(**{"temperature": 0.0, "max_tokens": 12, "ignore_eos": True, **sampling})
         return run_to_end(engine, EngineRequest("alone", tuple(ids), params))["alone"]
 

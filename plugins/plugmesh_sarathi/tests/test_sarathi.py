@@ -19,7 +19,9 @@ from plugmesh.errors import ConfigError
 from plugmesh.host import PluginHost
 from plugmesh.records import SchedulerContext, SchedulerRecord
 from plugmesh.types import SamplingParams
-from plugmesh_engine import Engine, EngineConfig, EngineRequest, LoadedModel
+from plugmesh_engine import Engine, EngineConfig, EngineRequest
+from plugmesh_engine.batch import StepResult
+from plugmesh_engine.executors.torch import TorchModel
 from plugmesh_engine.testing import events_of, run_to_end, steps, tiny_model, tokens_of
 from plugmesh_sarathi.budget import profile_budget
 from plugmesh_sarathi.plugin import Settings
@@ -37,7 +39,7 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+def model(tmp_path_factory: pytest.TempPathFactory) -> TorchModel:
     return tiny_model(tmp_path_factory.mktemp("model"))
 
 
@@ -63,21 +65,21 @@ def prompt(length: int, seed: int = 0) -> tuple[int, ...]:
     return tuple(np.random.default_rng(seed).integers(3, 211, length).tolist())
 
 
-def engine_of(model: LoadedModel, scheduler: object, **changes: object) -> Engine:
-    return Engine(model, EngineConfig(**{"dtype": "float32", "num_blocks": 128, **changes}), scheduler=scheduler)  # type: ignore[arg-type]
+def engine_of(model: TorchModel, scheduler: object, **changes: object) -> Engine:
+    return Engine(model, EngineConfig(**{"executor": "torch", "dtype": "float32", "num_blocks": 128, **changes}), scheduler=scheduler)  # type: ignore[arg-type]
 
 
 def count_sampled(engine: Engine) -> Callable[[], list[tuple[int, int]]]:
     """(rows computed, rows sampled) of every step, taken where the model is run."""
     seen: list[tuple[int, int]] = []
-    original = engine._runner.run
+    original = engine._executor.run
 
-    def run(rows: Any) -> torch.Tensor:
-        logits = original(rows)
-        seen.append((sum(len(r.token_ids) for r in rows), len(logits)))
-        return logits
+    def run(rows: Any) -> StepResult:
+        result = original(rows)
+        seen.append((sum(len(r.token_ids) for r in rows), len(result.best)))
+        return result
 
-    engine._runner.run = run  # type: ignore[method-assign]
+    engine._executor.run = run  # type: ignore[method-assign]
     return lambda: seen
 
 
@@ -86,7 +88,7 @@ LOAD = st.lists(st.tuples(st.integers(1, 90), st.integers(1, 20), st.sampled_fro
 
 @settings(max_examples=25, deadline=None)
 @given(LOAD, st.integers(4, 40), st.data(), st.sampled_from([128, 18]))
-def test_every_step_keeps_the_budget_and_no_decode_waits(model: LoadedModel, load: list[tuple[int, int, int, int]], budget: int, data: st.DataObject, num_blocks: int) -> None:
+def test_every_step_keeps_the_budget_and_no_decode_waits(model: TorchModel, load: list[tuple[int, int, int, int]], budget: int, data: st.DataObject, num_blocks: int) -> None:
     """Also in a pool that is too small, with siblings; rows are counted where the model is run."""
     reserve = data.draw(st.integers(1, budget - 3))
     watched = Watched(budget, reserve, 64)
@@ -108,7 +110,7 @@ def test_every_step_keeps_the_budget_and_no_decode_waits(model: LoadedModel, loa
     assert engine.stats().num_scheduler_errors == engine.stats().kv_blocks_leaked == 0
 
 
-def test_only_the_last_chunk_reaches_the_sampler(model: LoadedModel) -> None:
+def test_only_the_last_chunk_reaches_the_sampler(model: TorchModel) -> None:
     engine = engine_of(model, SarathiScheduler(16, 4, 64))
     seen = count_sampled(engine)
     engine.add(EngineRequest("r", prompt(100), dataclasses.replace(GREEDY, max_tokens=3)))
@@ -118,7 +120,7 @@ def test_only_the_last_chunk_reaches_the_sampler(model: LoadedModel) -> None:
 
 
 @pytest.mark.parametrize("length", [31, 32, 33])
-def test_prompts_around_the_budget_take_the_steps_they_need(model: LoadedModel, length: int) -> None:
+def test_prompts_around_the_budget_take_the_steps_they_need(model: TorchModel, length: int) -> None:
     engine = engine_of(model, SarathiScheduler(32, 4, 64))
     engine.add(EngineRequest("r", prompt(length), dataclasses.replace(GREEDY, max_tokens=1)))
 
@@ -126,7 +128,7 @@ def test_prompts_around_the_budget_take_the_steps_they_need(model: LoadedModel, 
 
 
 @pytest.mark.parametrize(("budget", "reserve"), [(9, 1), (16, 8), (33, 4), (100, 8)])
-def test_tokens_are_those_of_a_whole_prompt_run(model: LoadedModel, budget: int, reserve: int) -> None:
+def test_tokens_are_those_of_a_whole_prompt_run(model: TorchModel, budget: int, reserve: int) -> None:
     sampling = SamplingParams(temperature=0.9, top_p=0.9, seed=4, max_tokens=12, ignore_eos=True)
     requests = [EngineRequest(f"r{i}", prompt(n, i), sampling if i % 2 else GREEDY) for i, n in enumerate((80, 5, 33, 120, 16, 61))]
     wanted = {r.request_id: run_to_end(engine_of(model, None, prefix_cache=False), r)[r.request_id] for r in requests}
@@ -139,7 +141,7 @@ def test_tokens_are_those_of_a_whole_prompt_run(model: LoadedModel, budget: int,
     assert tokens_of(engine, outputs + steps(engine)) == wanted
 
 
-def test_a_running_stream_gets_a_token_in_every_step_while_a_prompt_is_computed(model: LoadedModel) -> None:
+def test_a_running_stream_gets_a_token_in_every_step_while_a_prompt_is_computed(model: TorchModel) -> None:
     """And with whole prompts it does not: the one step that computes the prompt is that long."""
     engine = engine_of(model, SarathiScheduler(16, 4, 64))
     seen = count_sampled(engine)
@@ -155,7 +157,7 @@ def test_a_running_stream_gets_a_token_in_every_step_while_a_prompt_is_computed(
     assert all(rows == 16 for rows, _ in seen()[3:-1])
 
 
-def test_prompts_get_their_share_however_many_decodes_there_are(model: LoadedModel) -> None:
+def test_prompts_get_their_share_however_many_decodes_there_are(model: TorchModel) -> None:
     """12 streams under a budget of 12, 4 of it kept: 8 sequences run, the others wait; a prompt that is not done in a step has moved by 4 or more."""
     watched = Watched(12, 4, 64)
     engine = engine_of(model, watched)
@@ -171,7 +173,7 @@ def test_prompts_get_their_share_however_many_decodes_there_are(model: LoadedMod
     assert sum(e.request_done for e in events_of(outputs)) == 13
 
 
-def test_first_come_first_served(model: LoadedModel) -> None:
+def test_first_come_first_served(model: TorchModel) -> None:
     engine = engine_of(model, SarathiScheduler(16, 4, 64))
     for i, n in enumerate((60, 2, 30, 2)):
         engine.add(EngineRequest(f"r{i}", prompt(n, i), GREEDY))
@@ -180,7 +182,7 @@ def test_first_come_first_served(model: LoadedModel) -> None:
     assert first == ["r0", "r1", "r2", "r3"]
 
 
-def test_aborting_in_the_middle_of_a_chunked_prompt_frees_it(model: LoadedModel) -> None:
+def test_aborting_in_the_middle_of_a_chunked_prompt_frees_it(model: TorchModel) -> None:
     engine = engine_of(model, SarathiScheduler(16, 4, 64))
     engine.add(EngineRequest("r", prompt(100), GREEDY))
     engine.step()
@@ -211,7 +213,7 @@ def test_a_target_out_of_reach_is_said_aloud() -> None:
     assert [(e["event"], e["log_level"]) for e in logs] == [("sarathi.target_out_of_reach", "warning")]
 
 
-def test_profiling_fits_a_small_pool(model: LoadedModel) -> None:
+def test_profiling_fits_a_small_pool(model: TorchModel) -> None:
     """On the real stopwatch: the synthetic steps must not ask for more blocks than there are."""
     record = SchedulerRecord("sarathi", lambda c: build_scheduler(Settings(token_budget=128, tbt_target_ms=1e6), c))
     engine = engine_of(model, record, num_blocks=60)
@@ -220,7 +222,7 @@ def test_profiling_fits_a_small_pool(model: LoadedModel) -> None:
     assert engine.stats().kv_blocks_used == 0
 
 
-def test_the_host_loads_it_with_its_settings(model: LoadedModel) -> None:
+def test_the_host_loads_it_with_its_settings(model: TorchModel) -> None:
     config = MeshConfig(plugins={"sarathi": {"token_budget": 24, "min_prefill_tokens": 4}})
     host = PluginHost.load(["sarathi"], config, service="decode")
     [record] = host.records("schedulers")

@@ -1,16 +1,16 @@
-"""The memory of the KV cache: fixed blocks of 16 tokens with reference counts."""
+"""Who holds which block of the KV memory: reference counts over blocks of 16 tokens."""
 
 from __future__ import annotations
 
+import array
 from collections.abc import Iterable
 
 import numpy as np
-import torch
 
 from plugmesh.types import BLOCK_TOKENS, KvLayout
 from plugmesh_engine.kv.prefix import PrefixCache
+from plugmesh_engine.seams import KvMemory
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 NULL_BLOCK = 0  # pads block tables; always zero, never handed out
 
 
@@ -19,25 +19,21 @@ class OutOfBlocks(Exception):
 
 
 class BlockPool:
-    """Blocks (layers, 2, 16, kv_heads, head_dim) in one tensor, so that one block is one contiguous piece.
+    """Counts references to the blocks of a memory.
 
     A block is free (no content), idle (content findable through `prefix`, nobody holds it) or held (`refs` > 0). `take` hands out zeroed
     blocks, so that no row that was never written can reach an attention sum (0 * NaN is NaN) and exported tails are zero beyond their tokens.
 
     Args:
-        layout: Shape and dtype of a block.
-        num_blocks: Blocks that can be handed out; one more is allocated as the null block.
-        device: Pages of CPU memory are committed when a block is first used.
+        num_blocks: Blocks that can be handed out, 1 to num_blocks of `memory`.
     """
 
-    def __init__(self, layout: KvLayout, num_blocks: int, device: str | torch.device = "cpu") -> None:
+    def __init__(self, layout: KvLayout, num_blocks: int, memory: KvMemory) -> None:
         self.layout = layout
         self.num_total = num_blocks
-        shape = (num_blocks + 1, layout.num_layers, 2, BLOCK_TOKENS, layout.num_kv_heads, layout.head_dim)
-        self.storage = torch.empty(shape, dtype=DTYPES[layout.dtype], device=device)
-        self.storage[NULL_BLOCK].zero_()
+        self.memory = memory
         self.prefix = PrefixCache()
-        self.refs = np.zeros(num_blocks + 1, dtype=np.int32)
+        self.refs = array.array("i", bytes(4 * (num_blocks + 1)))  # three times as fast as numpy to index one by one
         self._free = list(range(num_blocks, 0, -1))  # a stack: recently used memory first
 
     @property
@@ -60,7 +56,7 @@ class BlockPool:
             raise OutOfBlocks
         self.refs[block] = 1
         if zero:
-            self.storage[block].zero_()
+            self.memory.zero(block)
         return block
 
     def hold(self, block: int) -> None:
@@ -92,26 +88,23 @@ class BlockPool:
         if self.refs[block] == 1:
             return block
         copy = self.take(zero=False)
-        self.storage[copy].copy_(self.storage[block])
+        self.memory.copy(block, copy)
         self.drop([block])
         return copy
 
     def read(self, block: int) -> memoryview:
-        """The block's bytes in `KvLayout` order: on a CPU the memory itself (valid while the block is held), else a copy."""
-        return self.storage[block].cpu().view(torch.uint8).numpy().data.cast("B")
+        """The block's bytes in `KvLayout` order; on a CPU the memory itself, valid while the block is held."""
+        return self.memory.read(block)
 
     def write(self, block: int, data: bytes | bytearray | memoryview, num_tokens: int = BLOCK_TOKENS) -> None:
         """Fills a block from bytes in `KvLayout` order; rows from `num_tokens` on become zero."""
-        rows = np.frombuffer(data, dtype=np.uint8).reshape(self.layout.num_layers, 2, BLOCK_TOKENS, -1)
-        target = self.storage[block]
-        if target.device.type == "cpu":
-            target.view(torch.uint8).numpy().reshape(rows.shape)[:] = rows
-        else:
-            target.copy_(torch.from_numpy(rows.copy()).view(target.dtype).view(target.shape))
-        if num_tokens < BLOCK_TOKENS:
-            target[:, :, num_tokens:] = 0
+        self.memory.write(block, data, num_tokens)
+
+    def truncate(self, block: int, num_tokens: int) -> None:
+        """Makes the rows from `num_tokens` on zero again."""
+        self.memory.write(block, bytes(self.memory.read(block)), num_tokens)
 
     def leaked(self, held: Iterable[int]) -> int:
         """Blocks whose reference count differs from how often they occur in `held`."""
         wanted = np.bincount(np.fromiter(held, dtype=np.int64), minlength=self.num_total + 1)
-        return int((wanted != self.refs).sum())
+        return int((wanted != np.frombuffer(self.refs, dtype=np.int32)).sum())

@@ -41,6 +41,7 @@ class PoolView:
         assert isinstance(sequence, Sequence)
         if sequence.state is State.RUNNING:
             new = -(-(sequence.num_computed + num_tokens) // BLOCK_TOKENS) - len(sequence.blocks)
+            new = max(0, new)  # one taken for drafted tokens may be there already
             return new + int(self.writes_shared_block(sequence))
         cached = self.matched(sequence)
         revived = sum(self._pool.prefix.is_idle(b) for b in cached)  # they count as free until they are held

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from plugmesh_engine import Engine, EngineConfig, LoadedModel
+from plugmesh_engine import Engine, EngineConfig
+from plugmesh_engine.executors.torch import TorchModel
 from plugmesh_engine.testing import tiny_model
 
 
@@ -20,19 +21,19 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TorchModel:
     """A random float32 Llama with 6 heads over 3 KV heads."""
     return tiny_model(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture
-def build(tiny: LoadedModel) -> Callable[..., Engine]:
+def build(tiny: TorchModel) -> Callable[..., Engine]:
     """An engine on the tiny model whose whole KV memory is NaN before anything is written."""
 
-    def make(model: LoadedModel = tiny, scheduler: object = None, **settings: object) -> Engine:
-        config = EngineConfig(**{"dtype": "float32", "num_blocks": 64, **settings})  # type: ignore[arg-type]
-        engine = Engine(model, config, scheduler=scheduler)
-        engine._pool.storage[1:].fill_(float("nan"))  # all but the null block
+    def make(model: TorchModel = tiny, scheduler: object = None, drafts: object = None, **settings: object) -> Engine:
+        config = EngineConfig(**{"executor": "torch", "dtype": "float32", "num_blocks": 64, **settings})  # type: ignore[arg-type]
+        engine = Engine(model, config, scheduler=scheduler, drafts=drafts)
+        engine._executor.memory.storage[1:].fill_(float("nan"))  # all but the null block
         return engine
 
     return make

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from plugmesh.types import BLOCK_TOKENS, SamplingParams, block_chain
-from plugmesh_engine import Engine, EngineRequest, KvSource, LoadedModel
+from plugmesh_engine import Engine, EngineRequest, KvSource
+from plugmesh_engine.executors.torch import TorchModel
 from plugmesh_engine.reference import ReferenceLlama
 from plugmesh_engine.scheduler import FcfsScheduler
 from plugmesh_engine.testing import (
@@ -251,8 +252,8 @@ def test_siblings_compute_the_prompt_once_and_differ_repeatably(build: Build) ->
     engine = build()
     engine.add(r)
     computed = 0
-    original = engine._runner.run
-    engine._runner.run = lambda rows: (_ := original(rows), computed_add(rows))[0]  # type: ignore[method-assign]
+    original = engine._executor.run
+    engine._executor.run = lambda rows: (_ := original(rows), computed_add(rows))[0]  # type: ignore[method-assign]
 
     def computed_add(rows: list) -> None:  # type: ignore[type-arg]
         nonlocal computed
@@ -294,7 +295,7 @@ def test_siblings_resume_where_each_of_them_was(build: Build, delivered: tuple[i
             assert engine.stats().kv_blocks_leaked == engine.stats().kv_blocks_used == 0
 
 
-def test_bfloat16_stays_close_to_float32(build: Build, models: pathlib.Path, tiny: LoadedModel) -> None:
+def test_bfloat16_stays_close_to_float32(build: Build, models: pathlib.Path, tiny: TorchModel) -> None:
     """A lone bfloat16 row takes a path of its own (doubled rows); it must agree with the same row in company."""
     small = tiny_model(models, "bfloat16")
     [p] = prompts(30)

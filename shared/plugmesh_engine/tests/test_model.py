@@ -10,7 +10,7 @@ import torch
 
 from plugmesh.errors import ConfigError, DataLoss, FailedPrecondition
 from plugmesh.types import ModelConfig
-from plugmesh_engine import load_model
+from plugmesh_engine.executors.torch import load as load_model
 from plugmesh_engine.model.linear import FloatFormat
 from plugmesh_engine.model.llama import rope_tables, rotate
 from plugmesh_engine.testing import FileManifest, random_weights, tiny_config, write_manifest

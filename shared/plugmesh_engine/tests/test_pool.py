@@ -10,10 +10,15 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from plugmesh.types import BLOCK_TOKENS, KvLayout
+from plugmesh_engine.executors.torch import TorchKvMemory
 from plugmesh_engine.kv.pool import NULL_BLOCK, BlockPool, OutOfBlocks
 from plugmesh_engine.kv.prefix import PrefixCache
 
 LAYOUT = KvLayout("m", "raw", "float32", 1, 1, 2, BLOCK_TOKENS, 2 * BLOCK_TOKENS * 2 * 4)
+
+
+def pool_of(layout: KvLayout, num_blocks: int) -> BlockPool:
+    return BlockPool(layout, num_blocks, TorchKvMemory(layout, num_blocks))
 
 
 class PoolMachine(RuleBasedStateMachine):
@@ -21,7 +26,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.pool = BlockPool(LAYOUT, 6)
+        self.pool = pool_of(LAYOUT, 6)
         self.held: list[int] = []  # one entry per reference
         self.named: dict[int, bytes] = {}  # content that must be findable
         self.idle: list[int] = []  # named and not held, least recently used first
@@ -40,8 +45,8 @@ class PoolMachine(RuleBasedStateMachine):
             del self.named[victim]
             assert block == victim
         assert block not in self.held and block not in self.idle and block != NULL_BLOCK
-        assert not self.pool.storage[block].any()
-        self.pool.storage[block].fill_(float(block))
+        assert not self.pool.memory.storage[block].any()
+        self.pool.memory.storage[block].fill_(float(block))
         self.held.append(block)
 
     @precondition(lambda self: self.held)
@@ -82,10 +87,10 @@ class PoolMachine(RuleBasedStateMachine):
             with pytest.raises(OutOfBlocks):
                 self.pool.own(block)
             return
-        before = self.pool.storage[block].clone()
+        before = self.pool.memory.storage[block].clone()
         full = self.held.count(block) > 1 and len(set(self.held)) + len(self.idle) == 6
         copy = self.pool.own(block)
-        assert torch.equal(self.pool.storage[copy], before)
+        assert torch.equal(self.pool.memory.storage[copy], before)
         if copy != block:
             assert self.held.count(block) > 1
             if full:
@@ -118,7 +123,7 @@ TestPool = PoolMachine.TestCase
 
 
 def test_a_leak_is_counted() -> None:
-    pool = BlockPool(LAYOUT, 4)
+    pool = pool_of(LAYOUT, 4)
     a, b = pool.take(), pool.take()
 
     assert pool.leaked([a]) == 1
@@ -137,30 +142,30 @@ def test_a_chain_matches_up_to_its_first_unknown_block() -> None:
 def test_bytes_survive_export_and_import() -> None:
     rng = np.random.default_rng(0)
     layout = KvLayout("m", "raw", "bfloat16", 2, 3, 4, BLOCK_TOKENS, 2 * 2 * BLOCK_TOKENS * 3 * 4 * 2)
-    here, there = BlockPool(layout, 2), BlockPool(layout, 2)
+    here, there = pool_of(layout, 2), pool_of(layout, 2)
     a, b = here.take(), there.take()
-    here.storage[a] = torch.from_numpy(rng.standard_normal(here.storage[a].shape))
+    here.memory.storage[a] = torch.from_numpy(rng.standard_normal(here.memory.storage[a].shape))
 
     there.write(b, bytes(here.read(a)))
 
     assert len(here.read(a)) == layout.block_bytes
-    assert torch.equal(here.storage[a], there.storage[b])
+    assert torch.equal(here.memory.storage[a], there.memory.storage[b])
 
 
 def test_rows_beyond_an_imported_tail_are_zero() -> None:
-    pool = BlockPool(LAYOUT, 2)
+    pool = pool_of(LAYOUT, 2)
     block = pool.take()
     garbage = np.full(LAYOUT.block_bytes // 4, np.nan, dtype=np.float32)
     garbage.reshape(1, 2, BLOCK_TOKENS, 2)[:, :, :5] = 1.0
 
     pool.write(block, garbage.tobytes(), 5)
 
-    assert (pool.storage[block][:, :, :5] == 1).all()
-    assert (pool.storage[block][:, :, 5:] == 0).all()
+    assert (pool.memory.storage[block][:, :, :5] == 1).all()
+    assert (pool.memory.storage[block][:, :, 5:] == 0).all()
 
 
 def test_idle_blocks_go_tail_first() -> None:
-    pool = BlockPool(LAYOUT, 3)
+    pool = pool_of(LAYOUT, 3)
     blocks = [pool.take() for _ in range(3)]
     for i, b in enumerate(blocks):
         pool.prefix.insert(bytes([i]), b)
@@ -171,7 +176,7 @@ def test_idle_blocks_go_tail_first() -> None:
 
 
 def test_blocks_are_counted_by_reference() -> None:
-    pool = BlockPool(LAYOUT, 3)
+    pool = pool_of(LAYOUT, 3)
     block = pool.take()
     pool.hold(block)
 

@@ -20,9 +20,10 @@ from plugmesh.errors import (
     PlugmeshError,
 )
 from plugmesh.types import FinishReason, SamplingParams, TokenInfo, Usage
-from plugmesh_engine import Engine, EngineConfig, EngineRequest, KvSource, LoadedModel, TokenEvent
+from plugmesh_engine import Engine, EngineConfig, EngineRequest, KvSource, TokenEvent
 from plugmesh_engine.attention import TorchAttention
-from plugmesh_engine.batch import Batch
+from plugmesh_engine.executors.ragged import Batch
+from plugmesh_engine.executors.torch import TorchExecutor, TorchModel
 from plugmesh_engine.testing import events_of, run_to_end, steps, tokens_of
 
 Build = Callable[..., Engine]
@@ -128,7 +129,7 @@ def test_an_id_is_unique_while_it_lives(build: Build) -> None:
     assert_clean(engine)
 
 
-def test_model_and_configuration_must_agree(tiny: LoadedModel) -> None:
+def test_model_and_configuration_must_agree(tiny: TorchModel) -> None:
     with pytest.raises(ConfigError, match="float32"):
         Engine(tiny, EngineConfig(dtype="bfloat16"))
 
@@ -279,12 +280,13 @@ class Poison(TorchAttention):
 @pytest.mark.parametrize("n", [1, 2])
 @pytest.mark.parametrize("marked", [3, 4])
 @pytest.mark.parametrize("chunk", [512, 7])
-def test_a_sequence_that_breaks_costs_its_request_only(tiny: LoadedModel, build: Build, n: int, marked: int, chunk: int) -> None:
+def test_a_sequence_that_breaks_costs_its_request_only(tiny: TorchModel, build: Build, n: int, marked: int, chunk: int) -> None:
     good = [EngineRequest(f"g{i}", tuple(t for t in prompt(20, seed=i) if t > 4), GREEDY) for i in range(3)]
     never = {3: -1e4, 4: -1e4}
     good = [dataclasses.replace(r, sampling=dataclasses.replace(GREEDY, logit_bias=never)) for r in good]
     wanted = run_to_end(build(), *good)
-    engine = Engine(tiny, EngineConfig(dtype="float32", num_blocks=64, max_tokens_per_step=chunk), attention=Poison)
+    config = EngineConfig(dtype="float32", num_blocks=64, max_tokens_per_step=chunk)
+    engine = Engine(tiny, config, executor=TorchExecutor(tiny, config, attention=Poison))
     bad = EngineRequest("bad", (*(t for t in prompt(39, seed=9) if t > 4), marked), dataclasses.replace(GREEDY, num_sequences=n))
     for r in (good[0], bad, *good[1:]):
         engine.add(r)
@@ -301,9 +303,10 @@ def test_a_sequence_that_breaks_costs_its_request_only(tiny: LoadedModel, build:
 
 
 @pytest.mark.parametrize("where", [0, 20, 39])
-def test_bad_kv_is_never_announced(tiny: LoadedModel, where: int) -> None:
+def test_bad_kv_is_never_announced(tiny: TorchModel, where: int) -> None:
     """Chunks of 16, NaN from one token on: blocks before it are announced, the others are not, and nothing stays."""
-    engine = Engine(tiny, EngineConfig(dtype="float32", num_blocks=64, max_tokens_per_step=16), attention=Poison)
+    config = EngineConfig(dtype="float32", num_blocks=64, max_tokens_per_step=16)
+    engine = Engine(tiny, config, executor=TorchExecutor(tiny, config, attention=Poison))
     ids = [5 + t % 200 for t in range(40)]
     ids[where] = 3
     engine.add(EngineRequest("bad", tuple(ids), GREEDY, prefill_only=True))

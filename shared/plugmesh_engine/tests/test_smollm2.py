@@ -11,8 +11,10 @@ import torch
 
 from plugmesh import models as known_models
 from plugmesh.types import ModelConfig, SamplingParams
-from plugmesh_engine import Engine, EngineConfig, EngineRequest, LoadedModel
-from plugmesh_engine.batch import Batch, Rows
+from plugmesh_engine import Engine, EngineConfig, EngineRequest
+from plugmesh_engine.batch import Rows
+from plugmesh_engine.executors.ragged import Batch
+from plugmesh_engine.executors.torch import TorchModel
 from plugmesh_engine.reference import ReferenceLlama
 from plugmesh_engine.testing import english, gguf_tokenizer, model_in_memory, read_gguf, run_to_end
 
@@ -34,7 +36,7 @@ def loaded(gguf: str) -> tuple[ModelConfig, Weights]:
 
 
 @pytest.fixture(scope="module")
-def model(loaded: tuple[ModelConfig, Weights]) -> LoadedModel:
+def model(loaded: tuple[ModelConfig, Weights]) -> TorchModel:
     return model_in_memory(*loaded)
 
 
@@ -49,13 +51,13 @@ def encode(gguf: str) -> Callable[[str], list[int]]:
     return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
 
 
-def all_logits(model: LoadedModel, ids: list[int]) -> np.ndarray:
+def all_logits(model: TorchModel, ids: list[int]) -> np.ndarray:
     """Logits of every row, through the engine's graph, attention and pool."""
     engine = Engine(model, EngineConfig(dtype=model.dtype, num_blocks=-(-len(ids) // 16)))
     blocks = [engine._pool.take() for _ in range(engine.config.num_blocks)]
     with torch.inference_mode():
-        batch = Batch.build([Rows(ids, 0, blocks, logits=True)], torch.device("cpu"))
-        return model.graph.logits(model.graph.hidden(batch, engine._runner._attention)).numpy()
+        batch = Batch.build([Rows(ids, 0, blocks, num_wanted=1)], torch.device("cpu"))
+        return model.graph.logits(model.graph.hidden(batch, engine._executor.attention)).numpy()
 
 
 def perplexity(logits: np.ndarray, ids: list[int]) -> float:
@@ -63,7 +65,7 @@ def perplexity(logits: np.ndarray, ids: list[int]) -> float:
     return float(torch.exp(-logp[torch.arange(len(ids) - 1), torch.tensor(ids[1:])].mean()))
 
 
-def test_logits_and_perplexity_equal_the_reference(model: LoadedModel, reference: ReferenceLlama, encode: Callable[[str], list[int]]) -> None:
+def test_logits_and_perplexity_equal_the_reference(model: TorchModel, reference: ReferenceLlama, encode: Callable[[str], list[int]]) -> None:
     ids = encode(english()[100_000:104_000])[:256]
     fast, slow = all_logits(model, ids), reference.logits(ids)
 
@@ -82,14 +84,14 @@ def test_the_wrong_rotation_ruins_the_model(loaded: tuple[ModelConfig, Weights],
     assert perplexity(all_logits(wrong, ids), ids) > 200
 
 
-def test_bfloat16_keeps_the_perplexity(loaded: tuple[ModelConfig, Weights], model: LoadedModel, encode: Callable[[str], list[int]]) -> None:
+def test_bfloat16_keeps_the_perplexity(loaded: tuple[ModelConfig, Weights], model: TorchModel, encode: Callable[[str], list[int]]) -> None:
     ids = encode(english()[100_000:104_000])[:256]
     rounded = perplexity(all_logits(model_in_memory(*loaded, dtype="bfloat16"), ids), ids)
 
     assert rounded == pytest.approx(perplexity(all_logits(model, ids), ids), rel=0.02)
 
 
-def assert_greedy_equals_reference(model: LoadedModel, reference: ReferenceLlama, prompts: list[list[int]], num_tokens: int) -> None:
+def assert_greedy_equals_reference(model: TorchModel, reference: ReferenceLlama, prompts: list[list[int]], num_tokens: int) -> None:
     """All prompts in one batch, in chunks. The reference sees each prompt with the engine's tokens and must have chosen every one of them itself."""
     engine = Engine(model, EngineConfig(dtype="float32", num_blocks=1024, max_tokens_per_step=100))
     sampling = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
@@ -108,17 +110,17 @@ def some_prompts(encode: Callable[[str], list[int]], n: int) -> list[list[int]]:
     return [encode(text[s : s + 1000])[: rng.randrange(3, 120)] for s in starts]
 
 
-def test_greedy_output_equals_the_reference(model: LoadedModel, reference: ReferenceLlama, encode: Callable[[str], list[int]]) -> None:
+def test_greedy_output_equals_the_reference(model: TorchModel, reference: ReferenceLlama, encode: Callable[[str], list[int]]) -> None:
     assert_greedy_equals_reference(model, reference, some_prompts(encode, 6), 24)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_greedy_output_of_50_prompts_equals_the_reference(model: LoadedModel, reference: ReferenceLlama, encode: Callable[[str], list[int]]) -> None:
+def test_greedy_output_of_50_prompts_equals_the_reference(model: TorchModel, reference: ReferenceLlama, encode: Callable[[str], list[int]]) -> None:
     assert_greedy_equals_reference(model, reference, some_prompts(encode, 50), 64)
 
 
-def test_a_chat_answer_is_right(gguf: str, model: LoadedModel, encode: Callable[[str], list[int]]) -> None:
+def test_a_chat_answer_is_right(gguf: str, model: TorchModel, encode: Callable[[str], list[int]]) -> None:
     """End to end in words: template by hand, one word expected."""
     tokenizer: Any = gguf_tokenizer(gguf)
     start, end = 1, 2  # <|im_start|>, <|im_end|>

@@ -1,0 +1,174 @@
+"""The reference executor: plain torch, on any device, in float32 or bfloat16."""
+
+from __future__ import annotations
+
+import math
+import mmap
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from plugmesh.errors import ConfigError, DataLoss, FailedPrecondition
+from plugmesh.types import BLOCK_TOKENS, KvLayout, ModelConfig
+from plugmesh_engine.attention import TorchAttention
+from plugmesh_engine.batch import Rows, StepResult
+from plugmesh_engine.config import EngineConfig
+from plugmesh_engine.executors.ragged import Batch
+from plugmesh_engine.kv.pool import NULL_BLOCK
+from plugmesh_engine.model.llama import Llama
+from plugmesh_engine.seams import AttentionBackend, ManifestLike, TensorLike
+from plugmesh_engine.weights import check_shapes
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+FAMILIES = {"llama": Llama}
+
+
+@dataclass(frozen=True, slots=True)
+class TorchModel:
+    """A model of plain float tensors. Implements `seams.Model`.
+
+    Attributes:
+        version: Names the weights; KV of different versions never mixes.
+        num_mapped_bytes, num_copied_bytes: Weights that share the file's pages, and those that had to be converted or moved.
+    """
+
+    graph: Llama
+    config: ModelConfig
+    version: str
+    dtype: str
+    device: str
+    num_mapped_bytes: int
+    num_copied_bytes: int
+
+    def build_executor(self, config: EngineConfig) -> TorchExecutor:
+        """Raises ConfigError when the model was loaded for another executor, dtype or device than the engine is set to."""
+        return TorchExecutor(self, config)
+
+
+def load(manifest: ManifestLike, dtype: str, device: str = "cpu") -> TorchModel:
+    """Maps the tensors read only and builds the graph over them.
+
+    A tensor stored as `dtype` is mapped, so that processes on one host share its pages; a float tensor of another dtype is converted, which copies it.
+
+    Raises:
+        FailedPrecondition: A tensor is not stored as floats; the weightstore packs it when asked for a float format.
+        DataLoss: A file is shorter than the manifest says, or a tensor is missing or has the wrong shape.
+        ConfigError: Unknown dtype, architecture or rope scaling.
+    """
+    if dtype not in ("float32", "bfloat16"):
+        raise ConfigError(f"the engine computes in float32 or bfloat16, not {dtype!r}")
+    config = ModelConfig.from_json(manifest.config_json)
+    if config.architecture not in FAMILIES:
+        raise ConfigError(f"no model family for architecture {config.architecture!r}; known: {', '.join(sorted(FAMILIES))}")
+    files: dict[str, mmap.mmap] = {}
+    tensors: dict[str, torch.Tensor] = {}
+    mapped = copied = 0
+    for entry in manifest.tensors:
+        raw = _map(entry, files)
+        tensor = raw.to(device=device, dtype=DTYPES[dtype])
+        if tensor.data_ptr() == raw.data_ptr():
+            mapped += entry.num_bytes
+        else:
+            copied += tensor.numel() * tensor.element_size()
+        tensors[entry.name] = tensor
+    check_shapes(config, {name: tuple(t.shape) for name, t in tensors.items()})
+    graph = FAMILIES[config.architecture](config, tensors)
+    return TorchModel(graph, config, manifest.version, dtype, device, mapped, copied)
+
+
+def _map(entry: TensorLike, files: dict[str, mmap.mmap]) -> torch.Tensor:
+    """The tensor over the file's pages. The mapping lives as long as a tensor uses it."""
+    dtype = DTYPES.get(entry.dtype)
+    if dtype is None:
+        raise FailedPrecondition(f"tensor {entry.name} is stored as {entry.dtype}; resolve the model as float32 or bfloat16", param="format")
+    shape = tuple(int(n) for n in entry.shape)
+    if math.prod(shape) * dtype.itemsize != entry.num_bytes:
+        raise DataLoss(f"tensor {entry.name}: {entry.num_bytes} bytes do not hold {shape} of {entry.dtype}")
+    if entry.path not in files:
+        with open(entry.path, "rb") as f:
+            files[entry.path] = mmap.mmap(f.fileno(), 0, prot=mmap.PROT_READ, flags=mmap.MAP_SHARED)
+    data = files[entry.path]
+    if entry.offset < 0 or entry.offset + entry.num_bytes > len(data):
+        raise DataLoss(f"tensor {entry.name} ends at byte {entry.offset + entry.num_bytes} of a file of {len(data)}")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given buffer is not writable")  # nor is it meant to be
+        return torch.frombuffer(data, dtype=dtype, count=math.prod(shape), offset=entry.offset).view(shape)
+
+
+class TorchKvMemory:
+    """Blocks (layers, 2, 16, kv_heads, head_dim) in one tensor, so that one block is one contiguous piece. Implements `seams.KvMemory`.
+
+    Pages of CPU memory are committed when a block is first used.
+    """
+
+    def __init__(self, layout: KvLayout, num_blocks: int, device: str = "cpu") -> None:
+        self._shape = (layout.num_layers, 2, BLOCK_TOKENS, layout.num_kv_heads, layout.head_dim)
+        self.storage = torch.empty((num_blocks + 1, *self._shape), dtype=DTYPES[layout.dtype], device=device)
+        self.storage[NULL_BLOCK].zero_()
+
+    def zero(self, block: int) -> None:
+        self.storage[block].zero_()
+
+    def copy(self, source: int, target: int) -> None:
+        self.storage[target].copy_(self.storage[source])
+
+    def read(self, block: int) -> memoryview:
+        return self.storage[block].cpu().view(torch.uint8).numpy().data.cast("B")
+
+    def write(self, block: int, data: bytes | bytearray | memoryview, num_tokens: int = BLOCK_TOKENS) -> None:
+        rows = np.frombuffer(data, dtype=np.uint8).reshape(*self._shape[:3], -1)
+        target = self.storage[block]
+        if target.device.type == "cpu":
+            target.view(torch.uint8).numpy().reshape(rows.shape)[:] = rows
+        else:
+            target.copy_(torch.from_numpy(rows.copy()).view(target.dtype).view(target.shape))
+        if num_tokens < BLOCK_TOKENS:
+            target[:, :, num_tokens:] = 0
+
+    def all_finite(self, blocks: Sequence[int]) -> bool:
+        return bool(torch.isfinite(self.storage[list(blocks)]).all())
+
+
+class TorchExecutor:
+    """Lays the rows out, runs the layers one after another, and gives logits. Implements `seams.Executor`.
+
+    Args:
+        attention: Called with the KV memory's tensor and the number of query heads; None for `TorchAttention`.
+    """
+
+    def __init__(self, model: TorchModel, config: EngineConfig, *, attention: Callable[[torch.Tensor, int], AttentionBackend] = TorchAttention) -> None:
+        if config.executor not in ("auto", "torch"):
+            raise ConfigError(f"the model was loaded for the torch executor, the engine is set to {config.executor!r}")
+        if (model.dtype, model.device) != (config.dtype, config.device):
+            raise ConfigError(f"the model was loaded as {model.dtype} on {model.device}, the engine is set to {config.dtype} on {config.device}")
+        if config.num_threads:
+            torch.set_num_threads(config.num_threads)  # process-wide
+        c = model.config
+        self.layout = KvLayout(
+            model=model.version, codec="raw", dtype=model.dtype, num_layers=c.num_layers, num_kv_heads=c.num_kv_heads, head_dim=c.head_dim,
+            block_tokens=BLOCK_TOKENS, block_bytes=c.num_layers * 2 * BLOCK_TOKENS * c.num_kv_heads * c.head_dim * DTYPES[model.dtype].itemsize,
+        )  # fmt: skip
+        self.memory = TorchKvMemory(self.layout, config.num_blocks, model.device)
+        self.attention = attention(self.memory.storage, c.num_heads)
+        self._graph = model.graph
+        self._device = torch.device(model.device)
+
+    def run(self, rows: Sequence[Rows]) -> StepResult:
+        with torch.inference_mode():
+            batch = Batch.build(rows, self._device)
+            hidden = self._graph.hidden(batch, self.attention)
+            if not len(batch.wanted_rows):
+                return StepResult(np.empty(0, np.int32), np.empty((0, self._graph.config.vocab_size), np.float32))
+            logits = self._graph.logits(hidden.index_select(0, batch.wanted_rows))
+            best, top = logits.argmax(dim=1), logits.amax(dim=1)
+            best = torch.where(torch.isfinite(top), best, -1).int()
+            full = [r.full for r in rows for _ in range(r.num_wanted)]
+            if not all(full):
+                logits = logits[torch.tensor(full, device=self._device)]
+            return StepResult(best.cpu().numpy(), logits.cpu().numpy())
+
+    def close(self) -> None:
+        """Nothing to end: torch's threads are the process's."""
