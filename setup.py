@@ -29,7 +29,7 @@ class BuildKernels(build_ext):
         build = _kernels_build()
         target = pathlib.Path(self.get_ext_fullpath(ext.name)).resolve()
         try:
-            built = build.build(target.parent, objects=pathlib.Path(self.build_temp).resolve() / "kernels", jobs=min(os.cpu_count() or 1, 4))
+            built = build.build(target.parent, objects=build.object_folder(), jobs=min(os.cpu_count() or 1, 4))
         except (build.BuildError, OSError) as e:
             raise CompileError(f"native kernels: {e}") from e
         assert built == target, (built, target)

@@ -25,11 +25,34 @@ _plugmesh_key() {
   (
     cd "$plugmesh_root"
     echo "$1"
-    cat pyproject.toml scripts/_setup.sh
+    cat pyproject.toml setup.py scripts/_setup.sh
     for package in shared/*/__init__.py services/*/__init__.py plugins/*/__init__.py; do
       if [ -e "$package" ]; then echo "$package"; fi
     done
   ) | cksum
+}
+
+# The native kernels want a C++ compiler and Python's headers. As root on Debian they are installed; without them plugmesh
+# works as well, torch doing the computing.
+_plugmesh_compiler() {
+  local missing=()
+  if ! command -v g++ >/dev/null && ! command -v c++ >/dev/null && ! command -v clang++ >/dev/null; then missing+=(g++); fi
+  if ! "$plugmesh_python" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))'; then
+    missing+=("$("$plugmesh_python" -c 'import sys; print("python%d.%d-dev" % sys.version_info[:2])')")
+  fi
+  if [ "${#missing[@]}" = 0 ]; then return 0; fi
+  if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+    _plugmesh_say "installing ${missing[*]} for the native kernels"
+    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}"; } </dev/null >&2 && return 0
+  fi
+  _plugmesh_say "without ${missing[*]} the native kernels are not compiled; torch computes instead, more slowly"
+}
+
+# The kernels of the sources as they are now, beside their package. A start never fails by it: `plugmesh doctor` says what is in use.
+_plugmesh_kernels() {
+  if ! "$plugmesh_python" "$plugmesh_root/shared/plugmesh_kernels/build.py" --if-needed >/dev/null 2>"$plugmesh_root/.venv/kernels.log"; then
+    _plugmesh_say "the native kernels were not compiled, torch computes instead; .venv/kernels.log says why"
+  fi
 }
 
 _plugmesh_install() {
@@ -47,13 +70,19 @@ _plugmesh_install() {
     _plugmesh_say "installing $torch (the largest part, about a minute)"
     "${pip[@]}" "$torch" >&2
   fi
-  _plugmesh_say "installing plugmesh[$extra]"
+  _plugmesh_compiler
+  _plugmesh_say "installing plugmesh[$extra] and compiling its kernels"
   "${pip[@]}" --editable "$plugmesh_root[$extra]" >&2
   echo "$key" >"$plugmesh_root/.venv/.plugmesh-$extra"
   _plugmesh_say "done"
 }
 
 plugmesh_setup() {
+  _plugmesh_packages "$1"
+  _plugmesh_kernels
+}
+
+_plugmesh_packages() {
   local extra="$1" key
   key="$(_plugmesh_key "$extra")"
   if [ "$(cat "$plugmesh_root/.venv/.plugmesh-$extra" 2>/dev/null)" = "$key" ]; then return 0; fi

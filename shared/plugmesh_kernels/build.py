@@ -75,8 +75,8 @@ def build(
     """Compiles what has changed and links; returns the module's file in `out`, which appears there at once and complete.
 
     Args:
-        sanitize: For g++'s -fsanitize, "address,undefined"; such a build wants the sanitizer's library in LD_PRELOAD.
         objects: Where object files are kept between builds; by default nowhere.
+        sanitize: For g++'s -fsanitize, "address,undefined"; such a build wants the sanitizer's library in LD_PRELOAD.
 
     Raises:
         BuildError
@@ -86,15 +86,16 @@ def build(
         raise BuildError("no C++ compiler was found (on Debian: apt install g++)")
     if not (pathlib.Path(sysconfig.get_path("include")) / "Python.h").is_file():
         raise BuildError(f"Python's headers are not installed: no Python.h in {sysconfig.get_path('include')} (on Debian: apt install python3-dev)")
+    key = sources_key(sources)  # first: a source that is changed from here on makes the result stale
     units = [p for p in _files(sources) if p.suffix == ".cpp"]
     if not units:
         raise BuildError(f"no sources in {sources}")
-    flags = [*FLAGS, *_includes()]
+    includes, versions = _includes()
+    flags = [*FLAGS]
     if sanitize:
         flags += [f"-fsanitize={sanitize}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g1", "-O1"]
-    key = sources_key(sources)
     # Which header belongs to which file is not asked: another header compiles everything again.
-    common = hashlib.sha256(repr((compiler, flags)).encode())
+    common = hashlib.sha256(repr((compiler, flags, versions)).encode())
     for path in _files(sources):
         if path.suffix != ".cpp":
             common.update(path.read_bytes())
@@ -109,7 +110,7 @@ def build(
             target = kept / f"{unit.stem}-{digest.hexdigest()[:16]}.o"
             if not target.exists():
                 fresh = temporary / f"{unit.stem}.o.new"
-                _run([compiler, *flags, "-c", str(unit), "-o", str(fresh)])
+                _run([compiler, *flags, *includes, "-c", str(unit), "-o", str(fresh)])
                 _move(fresh, target)
             return target
 
@@ -134,12 +135,13 @@ def _files(folder: pathlib.Path) -> list[pathlib.Path]:
     return sorted(p for p in folder.iterdir() if p.suffix in (".cpp", ".h", ".inc"))
 
 
-def _includes() -> list[str]:
+def _includes() -> tuple[list[str], tuple[str, ...]]:
+    """Options for the headers of Python and pybind11, and what these are: a build environment of pip's has another path every time."""
     if importlib.util.find_spec("pybind11") is None:
         raise BuildError("pybind11 is not installed (pip install pybind11)")
     import pybind11
 
-    return [f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}"]
+    return [f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}"], (sys.version, pybind11.__version__)
 
 
 def _run(command: Sequence[str]) -> None:
@@ -173,10 +175,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--sanitize", default="", metavar="LIST", help='sanitizers, such as "address,undefined"')
     parser.add_argument("--out", type=pathlib.Path, default=PACKAGE, metavar="DIR", help="folder for the built module (default: beside the package's files)")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="compilers at the same time (default: 2)")
+    parser.add_argument("--if-needed", action="store_true", help="do nothing when the module was built from these very sources")
     options = parser.parse_args(arguments)
+    if options.if_needed and _is_current(options.out / module_file_name()):
+        return 0
     start = time.monotonic()
     try:
-        built = build(options.out, sanitize=options.sanitize, jobs=options.jobs, objects=_object_folder())
+        built = build(options.out, sanitize=options.sanitize, jobs=options.jobs, objects=object_folder())
     except BuildError as e:
         print(e, file=sys.stderr)
         return 1
@@ -185,7 +190,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _object_folder() -> pathlib.Path | None:
+def _is_current(library: pathlib.Path) -> bool:
+    return library.is_file() and built_key(library) == sources_key()
+
+
+def object_folder() -> pathlib.Path | None:
     """The build folder of a source tree, which git ignores; none in an installed package."""
     root = PACKAGE.parents[1]
     return root / "build" / "kernels" if (root / "pyproject.toml").is_file() else None
