@@ -24,7 +24,7 @@ from plugmesh_engine.kv.pool import BlockPool, OutOfBlocks
 from plugmesh_engine.kv.view import PoolView
 from plugmesh_engine.measure import measure_step_ms
 from plugmesh_engine.requests import BlockReady, EngineRequest, EngineStats, StepOutput, TokenEvent
-from plugmesh_engine.sampler import SampleRow, needs_counts, sample
+from plugmesh_engine.sampler import Choose, SampleRow, needs_counts, sample
 from plugmesh_engine.scheduler import FcfsScheduler
 from plugmesh_engine.seams import Executor, Model, Scheduler, SequenceView
 from plugmesh_engine.sequence import Group, State
@@ -68,6 +68,7 @@ class Engine:
         self._layout_key = self.layout.key()
         self._pool = BlockPool(self.layout, config.num_blocks, self._executor.memory)
         self._view = PoolView(self._pool)
+        self._choose: Choose | None = getattr(self._executor, "sample", None)
         self._eos = c.eos_token_ids
         self._groups: dict[str, Group] = {}
         self._retained: dict[str, list[int]] = {}
@@ -298,11 +299,13 @@ class Engine:
 
     def _sample(self, plan: list[Planned], result: StepResult | None) -> list[Sampled]:
         """A token for every wanted row of every sequence whose pending tokens are all computed; prompts shared by siblings are forked here."""
+        best = result.best.tolist() if result is not None else []
+        if self._drafter is not None and -1 in best:
+            self._drop_bad_drafts(plan, best)
         self._after_compute(plan)
         sampled: list[Sampled] = []
         pairs: list[tuple[Seq, Planned, int, list[TokenInfo | None]]] = []  # sequence, its part, first row of the logits, where its tokens go
         row = full_row = 0
-        best = result.best.tolist() if result is not None else []
         for p in plan:
             assert p.rows is not None
             if not (n := p.rows.num_wanted):
@@ -310,10 +313,8 @@ class Engine:
             s, first, full_first = p.seq, row, full_row
             row += n
             full_row += n if p.rows.full else 0
-            if s.state is not State.RUNNING:  # its KV turned out bad
+            if s.state is not State.RUNNING or p.is_void:  # its KV turned out bad
                 continue
-            if p.draft and -1 in best[first:row]:
-                self._forget_draft(p, best[first:row])
             if s.group.forked:
                 seqs = [s]
             else:
@@ -328,7 +329,8 @@ class Engine:
             assert result is not None
             at = [full_first + i for _, p, full_first, _ in pairs for i in range(1 + len(p.draft))]
             logits = result.logits if at == list(range(len(result.logits))) else result.logits[at]
-            found = iter(sample(logits, [self._sample_row(s, p.draft, i) for s, p, _, _ in pairs for i in range(1 + len(p.draft))]))
+            sample_rows = [self._sample_row(s, p.draft, i) for s, p, _, _ in pairs for i in range(1 + len(p.draft))]
+            found = iter(sample(logits, sample_rows, self._choose))
             for _, p, _, infos in pairs:
                 infos.extend(itertools.islice(found, 1 + len(p.draft)))
         return sampled
@@ -460,19 +462,29 @@ class Engine:
             if s.state is State.RUNNING and s.group.request.prefill_only:
                 self._announce(s)
 
-    def _forget_draft(self, p: Planned, best: Sequence[int]) -> None:
-        """Cuts a draft before its first row without finite logits, and removes the KV behind it: later rows write over what a rejected token left, but
-        a backend that masks by adding -inf would meet its NaN until then."""
-        s = p.seq
-        if best[0] == -1:  # not the draft's fault
-            return
-        p.draft = p.draft[: best.index(-1) - 1]
-        good = s.num_computed + len(p.draft)
-        keep = -(-good // BLOCK_TOKENS)
-        self._pool.drop(reversed(s.blocks[keep:]))
-        del s.blocks[keep:]
-        if good % BLOCK_TOKENS:
-            self._pool.truncate(s.blocks[-1], good % BLOCK_TOKENS)
+    def _drop_bad_drafts(self, plan: Iterable[Planned], best: Sequence[int]) -> None:
+        """Cuts drafts before their first row without finite logits, and removes the KV from there on.
+
+        Usually the next step writes over what a rejected token left, but a backend that masks by adding -inf meets its NaN before (0 * NaN is NaN), and
+        may have met it in the same step. When not even the first row is finite, nothing of the step counts, and the sequence goes on without a draft.
+        """
+        row = 0
+        for p in plan:
+            assert p.rows is not None
+            first, row = row, row + p.rows.num_wanted
+            if not p.draft or -1 not in best[first:row]:
+                continue
+            s, num_good = p.seq, best[first:row].index(-1)
+            p.draft = p.draft[: max(0, num_good - 1)]
+            if num_good == 0:
+                p.is_void = s.skips_draft = True
+                s.num_computed -= p.num_tokens
+            good = s.num_computed + len(p.draft)
+            keep = -(-good // BLOCK_TOKENS)
+            self._pool.drop(reversed(s.blocks[keep:]))
+            del s.blocks[keep:]
+            if good % BLOCK_TOKENS:
+                self._pool.truncate(s.blocks[-1], good % BLOCK_TOKENS)
 
     def _announce(self, s: Seq) -> None:
         g, prompt = s.group, s.group.request.token_ids

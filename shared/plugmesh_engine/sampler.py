@@ -35,7 +35,11 @@ class SampleRow:
     end_ids: Sequence[int]
 
 
-def sample(logits: np.ndarray, rows: Sequence[SampleRow]) -> list[TokenInfo | None]:
+Choose = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+"""The signature of `sample_rows`."""
+
+
+def sample(logits: np.ndarray, rows: Sequence[SampleRow], choose: Choose | None = None) -> list[TokenInfo | None]:
     """One token per row, in the order that `plugmesh.types.SamplingParams` documents.
 
     Tokens whose logits tie with the last one that top-k or top-p lets in are let in too, so that a result never depends on the order of a sort.
@@ -43,6 +47,7 @@ def sample(logits: np.ndarray, rows: Sequence[SampleRow]) -> list[TokenInfo | No
 
     Args:
         logits: (R, vocab) float32; changed in place.
+        choose: In place of `sample_rows`; an executor may have it run on its own threads.
 
     Returns:
         None for a row without a finite maximum (NaN or infinity in the model's output).
@@ -52,7 +57,7 @@ def sample(logits: np.ndarray, rows: Sequence[SampleRow]) -> list[TokenInfo | No
         if _edits(r):
             _edit(logits[i], r)
     logits[spoiled] = np.nan
-    chosen = _choose(logits, rows)
+    chosen = _choose(logits, rows, choose)
     return _infos(logits, rows, chosen)
 
 
@@ -134,7 +139,7 @@ def _kernels() -> Any:
     return module if hasattr(module, "sample_rows") else None
 
 
-def _choose(logits: np.ndarray, rows: Sequence[SampleRow]) -> np.ndarray:
+def _choose(logits: np.ndarray, rows: Sequence[SampleRow], choose: Choose | None) -> np.ndarray:
     """(R,) int32, -1 for a row without a finite maximum."""
     ps = [r.params for r in rows]
     random = [i for i, p in enumerate(ps) if p.temperature > 0]
@@ -144,8 +149,9 @@ def _choose(logits: np.ndarray, rows: Sequence[SampleRow]) -> np.ndarray:
     temperature = np.array([p.temperature for p in ps], np.float32)
     top_k = np.array([max(0, p.top_k) for p in ps], np.int32)
     top_p, min_p = np.array([p.top_p for p in ps], np.float32), np.array([p.min_p for p in ps], np.float32)
-    kernels = _kernels()
-    choose = kernels.sample_rows if kernels is not None else sample_rows
+    if choose is None:
+        kernels = _kernels()
+        choose = sample_rows if kernels is None else kernels.sample_rows
     return choose(logits, temperature, top_k, top_p, min_p, u)
 
 
@@ -170,35 +176,36 @@ def sample_rows(logits: np.ndarray, temperature: np.ndarray, top_k: np.ndarray, 
         scaled = x.astype(np.float64) / temperature[i]
         scaled -= scaled.max()
         mass = np.exp(scaled)
-        mass[scaled < _floor(scaled, int(top_k[i]), float(top_p[i]), float(min_p[i]))] = 0.0
+        floor = _floor(scaled, mass, int(top_k[i]), float(top_p[i]), float(min_p[i]))
+        if floor > -np.inf:
+            mass[scaled < floor] = 0.0
         cdf = mass.cumsum()
         # Strictly below the total, so that rounding cannot lead past the last token with mass.
         chosen[i] = np.searchsorted(cdf, min(u[i] * cdf[-1], np.nextafter(cdf[-1], 0.0)), side="right")
     return chosen
 
 
-def _floor(scaled: np.ndarray, top_k: int, top_p: float, min_p: float) -> float:
-    """The lowest of the scaled logits that top-k, then top-p of what remains, then min-p let in."""
+def _floor(scaled: np.ndarray, mass: np.ndarray, top_k: int, top_p: float, min_p: float) -> float:
+    """The lowest of the scaled logits that top-k, then top-p of what remains, then min-p let in; mass = exp(scaled)."""
     vocab = len(scaled)
     floor = float(np.log(min_p)) if min_p > 0 else -np.inf
     if not 0 < top_k < vocab:
         top_k = vocab
     if top_k < vocab or top_p < 1.0:
         num = min(vocab, max(_CANDIDATES, top_k if top_k < vocab else 0))
-        value = _nucleus(scaled, -np.sort(-np.partition(scaled, vocab - num)[vocab - num :]), top_k, top_p)
+        value = _nucleus(scaled, mass, -np.sort(-np.partition(scaled, vocab - num)[vocab - num :]), top_k, top_p)
         if value is None:  # flatter than the candidates reach
-            value = _nucleus(scaled, -np.sort(-scaled), top_k, top_p)
+            value = _nucleus(scaled, mass, -np.sort(-scaled), top_k, top_p)
         assert value is not None
         floor = max(floor, value)
     return floor
 
 
-def _nucleus(row: np.ndarray, best: np.ndarray, top_k: int, top_p: float) -> float | None:
+def _nucleus(row: np.ndarray, mass: np.ndarray, best: np.ndarray, top_k: int, top_p: float) -> float | None:
     """Lowest value within top-k and top-p; None when `best` (descending) ends before top-p is reached."""
     kth = float(best[top_k - 1]) if top_k < len(row) else None
     if top_p >= 1.0:
         return kth
-    mass = np.exp(row)
     total = mass.sum() if kth is None else mass[row >= kth].sum()
     reached = int((np.exp(best).cumsum() < top_p * total).sum())
     if reached < len(best):

@@ -107,6 +107,8 @@ class Executor(Protocol):
     def close(self) -> None:
         """Ends its threads. Called once, after the last step."""
 
+    # An executor may also have `sample`, with the signature of `plugmesh_engine.sampler.sample_rows`, to draw tokens on its own threads.
+
 
 class DraftView(Protocol):
     """What a draft method sees of a decoding sequence. Read only, but for `memo`.

@@ -88,6 +88,7 @@ class Sequence:
         num_registered: Full blocks already offered to the prefix cache.
         order: Sort key of service: priority, arrival, sequence.
         max_draft_tokens, memo: See `plugmesh_engine.seams.DraftView`.
+        skips_draft: Its next step runs without a draft, to tell the draft's fault from its own.
     """
 
     group: Group
@@ -104,6 +105,7 @@ class Sequence:
     order: tuple[int, int, int] = (0, 0, 0)
     max_draft_tokens: int = 0
     memo: Any = None
+    skips_draft: bool = False
 
     def __post_init__(self) -> None:
         self.order = (self.group.request.priority, self.group.arrival, self.index)

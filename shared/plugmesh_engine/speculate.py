@@ -24,6 +24,7 @@ class Planned:
         draft: Tokens to check behind the pending one; of decodes only.
         rows: As given to the executor.
         num_accepted: Of the draft.
+        is_void: What was computed for it does not count.
     """
 
     seq: Seq
@@ -31,6 +32,7 @@ class Planned:
     draft: Sequence[int] = ()
     rows: Rows | None = None
     num_accepted: int = 0
+    is_void: bool = False
 
 
 class Drafter:
@@ -56,6 +58,9 @@ class Drafter:
             s = p.seq
             if not s.group.forked or not s.is_decode or s.group.request.prefill_only:
                 num_prompt_rows += p.num_tokens
+                continue
+            if s.skips_draft:
+                s.skips_draft = False
                 continue
             # The last token that may be generated is sampled behind the drafted ones.
             s.max_draft_tokens = min(self._max_tokens, s.sampling.max_tokens - s.num_generated - 1, self._max_model_len - len(s.tokens) - 1)

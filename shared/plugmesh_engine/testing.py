@@ -8,13 +8,16 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import pathlib
-from collections.abc import Mapping
+import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from plugmesh.types import ModelConfig
+from plugmesh.types import BLOCK_TOKENS, KvLayout, ModelConfig
+from plugmesh_engine.batch import Rows, StepResult
+from plugmesh_engine.config import EngineConfig
 from plugmesh_engine.engine import Engine
 from plugmesh_engine.requests import EngineRequest, StepOutput, TokenEvent
 
@@ -127,6 +130,88 @@ def model_in_memory(config: ModelConfig, weights: Mapping[str, np.ndarray], dtyp
 
     tensors = {name: torch.from_numpy(array).to(getattr(torch, dtype)) for name, array in weights.items()}
     return TorchModel(Llama(config, tensors), config, version, dtype, "cpu", 0, sum(t.nbytes for t in tensors.values()))
+
+
+class FakeKv:
+    """KV memory that holds the token ids themselves. Implements `seams.KvMemory`."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self.ids = np.full((num_blocks + 1, BLOCK_TOKENS), -1, dtype=np.int32)
+
+    def zero(self, block: int) -> None:
+        self.ids[block] = 0
+
+    def copy(self, source: int, target: int) -> None:
+        self.ids[target] = self.ids[source]
+
+    def read(self, block: int) -> memoryview:
+        return self.ids[block].data.cast("B")
+
+    def write(self, block: int, data: bytes | bytearray | memoryview, num_tokens: int = BLOCK_TOKENS) -> None:
+        self.ids[block] = np.frombuffer(data, dtype=np.int32)
+        self.ids[block, num_tokens:] = 0
+
+    def all_finite(self, blocks: Sequence[int]) -> bool:
+        return True
+
+
+class FakeExecutor:
+    """Computes in an instant what depends on every token before a row, as far as they are found in the right blocks. Implements `seams.Executor`.
+
+    Logits are random numbers seeded with a checksum of the row's prefix, read back from the blocks: a wrong block, offset or a token that should have
+    been written over changes everything after it.
+
+    Args:
+        num_kinds: Distinct sets of logits.
+        window: Tokens before a row that count; few make output that repeats itself.
+    """
+
+    def __init__(self, config: ModelConfig, num_blocks: int, *, num_kinds: int = 1 << 30, window: int = 1 << 30) -> None:
+        self.layout = KvLayout("fake", "ids", "int32", 1, 1, 1, BLOCK_TOKENS, 4 * BLOCK_TOKENS)
+        self.memory = FakeKv(num_blocks)
+        self.num_rows = 0
+        self._vocab_size = config.vocab_size
+        self._num_kinds = num_kinds
+        self._window = window
+
+    def run(self, rows: Sequence[Rows]) -> StepResult:
+        best: list[int] = []
+        full: list[np.ndarray] = []
+        for r in rows:
+            end = r.num_computed + len(r.token_ids)
+            for at, token in enumerate(r.token_ids, r.num_computed):
+                self.memory.ids[r.blocks[at // BLOCK_TOKENS], at % BLOCK_TOKENS] = token
+            self.num_rows += len(r.token_ids)
+            prefix = self.memory.ids[list(r.blocks)].reshape(-1)
+            for last in range(end - r.num_wanted + 1, end + 1):
+                logits = self.logits(prefix[max(0, last - self._window) : last])
+                best.append(int(logits.argmax()))
+                if r.full:
+                    full.append(logits)
+        return StepResult(np.array(best, np.int32), np.array(full, np.float32).reshape(len(full), self._vocab_size))
+
+    def logits(self, prefix: np.ndarray) -> np.ndarray:
+        """(vocab,) float32 after these tokens."""
+        kind = zlib.crc32(prefix.astype(np.int32).tobytes()) % self._num_kinds
+        return (np.random.default_rng(kind).standard_normal(self._vocab_size) * 3).astype(np.float32)
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+
+@dataclass(frozen=True, slots=True)
+class FakeModel:
+    """Builds `FakeExecutor`. Implements `seams.Model`."""
+
+    config: ModelConfig
+    num_kinds: int = 1 << 30
+    window: int = 1 << 30
+    version: str = "fake"
+    num_mapped_bytes: int = 0
+    num_copied_bytes: int = 0
+
+    def build_executor(self, config: EngineConfig) -> FakeExecutor:
+        return FakeExecutor(self.config, config.num_blocks, num_kinds=self.num_kinds, window=self.window)
 
 
 _GGUF_NAMES = {
