@@ -25,12 +25,6 @@ MAX_SPLITS = 64  # bounds the memory for partials; longer rows get longer splits
 
 
 @triton.jit
-def _split_keys(length, MIN_SPLIT: tl.constexpr, SPLITS: tl.constexpr):
-    """Keys per split: a function of the row's length only, so that the batch does not change the order of sums."""
-    return tl.maximum(tl.cdiv(tl.cdiv(length, SPLITS), MIN_SPLIT), 1) * MIN_SPLIT
-
-
-@triton.jit
 def _decode_split(
     q, pool, rows, table, lengths, part_max, part_sum, part_out,
     layer_offset, table_width, block_stride, scale_log2,
@@ -42,12 +36,13 @@ def _decode_split(
     entry, kv_head, first_split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(lengths + entry)
     row = tl.load(rows + entry).to(tl.int64)
-    split_keys = _split_keys(length, MIN_SPLIT, SPLITS)
+    # Keys per split follow from the row's length alone, so that the batch does not change the order of sums.
+    split_keys = (tl.maximum(length, 1) + SPLITS * MIN_SPLIT - 1) // (SPLITS * MIN_SPLIT) * MIN_SPLIT
     g, d = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
     head = kv_head * GROUP + g
     inside = (g[:, None] < GROUP) & (d[None, :] < D)
     query = tl.load(q + row * HEADS * D + head[:, None] * D + d[None, :], mask=inside, other=0.0)
-    for split in range(first_split, tl.cdiv(length, split_keys), tl.num_programs(2)):
+    for split in range(first_split, (length + split_keys - 1) // split_keys, tl.num_programs(2)):
         best = tl.full((BLOCK_G,), float("-inf"), tl.float32)
         total = tl.zeros((BLOCK_G,), tl.float32)
         acc = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
@@ -86,7 +81,8 @@ def _decode_merge(
     total = tl.zeros((1,), tl.float32)
     acc = tl.zeros((BLOCK_D,), tl.float32)
     first = (entry.to(tl.int64) * HEADS + head) * SPLITS
-    for split in range(0, tl.cdiv(length, _split_keys(length, MIN_SPLIT, SPLITS))):
+    split_keys = (tl.maximum(length, 1) + SPLITS * MIN_SPLIT - 1) // (SPLITS * MIN_SPLIT) * MIN_SPLIT  # as in `_decode_split`
+    for split in range(0, (length + split_keys - 1) // split_keys):
         m = tl.load(part_max + first + split)
         new_best = tl.maximum(best, m)
         keep, take = tl.exp2(best - new_best), tl.exp2(m - new_best)

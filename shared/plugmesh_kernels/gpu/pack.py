@@ -86,7 +86,7 @@ def quantize(w: torch.Tensor, bits: int) -> QuantWeight:
     """Rounds a float weight (N, K) to the nearest values: each group's own range in 4 bits, symmetric in 8. On the CPU."""
     n, k = w.shape
     groups = -(-k // GROUP)
-    values = np.zeros((n, groups * GROUP), np.float32)
+    values: np.ndarray = np.zeros((n, groups * GROUP), np.float32)
     values[:, :k] = w.detach().cpu().float().numpy()
     values = values.reshape(n, groups, GROUP)
     if bits == 4:
@@ -131,3 +131,16 @@ def from_native(dtype: str, data: np.ndarray, n: int, k: int) -> QuantWeight:
         return pack(np.concatenate((v & 15, v >> 4), axis=2), halves(0), halves(64), k)
     assert dtype == "q8_0x16", dtype
     return pack((values(64, 8) ^ 128).view(np.int8), halves(0), None, k)
+
+
+def floats_from_native(dtype: str, data: np.ndarray, n: int, k: int) -> torch.Tensor:
+    """From the same, bf16x16 or f32x16: (n, k) bfloat16 or float32; exact."""
+    blocks, pieces = -(-n // 16), -(-k // 64)
+    raw = np.asarray(data, np.uint8)
+    if dtype == "bf16x16":
+        values: np.ndarray = raw.view(np.int16).reshape(blocks, pieces, 32, 16, 2).transpose(0, 3, 1, 2, 4)
+    else:
+        assert dtype == "f32x16", dtype
+        values = raw.view(np.float32).reshape(blocks, pieces, 64, 16).transpose(0, 3, 1, 2)
+    plain = torch.from_numpy(np.ascontiguousarray(values.reshape(blocks * 16, pieces * 64)[:n, :k]))
+    return plain.view(torch.bfloat16) if dtype == "bf16x16" else plain

@@ -52,3 +52,12 @@ def test_rounding_is_off_by_half_a_step_at_most(bits: int, steps: int) -> None:
     limit = (span / steps * 0.5 + 0.002 * groups.abs().amax(2)).repeat_interleave(32, 1)[:, :100]  # scales are rounded to half precision
 
     assert bool((off <= limit + 1e-6).all())
+
+
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (17, 70), (32, 128)])
+@pytest.mark.parametrize(("stored_as", "dtype"), [("bfloat16", "bf16x16"), ("float32", "f32x16")])
+def test_floats_survive_the_native_layout(stored_as: str, dtype: str, n: int, k: int) -> None:
+    w = torch.randn(n, k, generator=torch.Generator().manual_seed(n)).to(getattr(torch, stored_as))
+    data = w.view(torch.int16).numpy().view(np.uint16) if stored_as == "bfloat16" else w.numpy()
+
+    assert torch.equal(pack.floats_from_native(dtype, native.pack(stored_as, data, n, k), n, k), w)
