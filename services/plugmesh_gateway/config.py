@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+from typing import Literal
 
 import pydantic
 
@@ -32,6 +33,9 @@ class Settings(ServiceSettings):
     hang_s: float = pydantic.Field(60.0, gt=0)                    # answers probes, has running sequences, but makes no step
     recovery_wait_s: float = pydantic.Field(30.0, ge=0)           # a running request waits this long for another instance
     max_attempts: int = pydantic.Field(8, ge=1)                   # failures in a row, without a token, that end a request
+
+    # Token ids to text: within this process, with the model's table of tokens, or always at a tokenizer instance.
+    detokenize: Literal["local", "tokenizer"] = "local"
 
     # Slow readers.
     max_buffered_events: int = pydantic.Field(4096, ge=1)         # per request, not yet taken by its client

@@ -34,6 +34,7 @@ from plugmesh_proto.v1 import decode_pb2
 from .config import Settings
 from .decode_links import DecodeLinks
 from .links import Link
+from .local_texts import LocalSequence, LocalTexts
 from .measure import GatewayMetrics
 from .request import Prepared
 from .route import SafeRouter
@@ -70,6 +71,7 @@ class Engine:
     router: SafeRouter
     metrics: GatewayMetrics
     outbox: Outbox
+    local_texts: LocalTexts
 
 
 class Outbox:
@@ -233,7 +235,7 @@ class Sequence:
         self.decode_reason: FinishReason | None = None
         self.finish_reason: FinishReason | None = None
         self.stopped_at: int | None = None        # tokens until the stop string was complete
-        self.text: TextSequence | None = None
+        self.text: TextSequence | LocalSequence | None = None
         self.num_chars = 0
         self.num_consumed = 0
         self.last_text_at = 0.0
@@ -342,8 +344,11 @@ class Run:
         sequence.decode_reason = reason
         if not self.generation.first_token_at:
             self.generation.first_token_at = time.monotonic()
-        if sequence.text is not None:
-            self.engine.texts.add(sequence.text, ids, reason is not None)
+        text = sequence.text
+        if isinstance(text, LocalSequence):
+            self.engine.local_texts.add(text, ids, reason is not None)
+        elif text is not None:
+            self.engine.texts.add(text, ids, reason is not None)
         if num_new:
             self._failures = 0
             self.engine.router.progress(self.request.request_id, num_new)
@@ -507,6 +512,9 @@ class Run:
 
     def _open_text(self, sequence: Sequence) -> None:
         """Opens a sequence, the first time or again with its tokens so far; waits in a task when no tokenizer lives."""
+        if self.request.table is not None:  # opened once: nobody else can lose it
+            sequence.text = self.engine.local_texts.open(sequence, self.request.table, stop=self.request.stop)
+            return
         sequence.text = self.engine.texts.open(
             sequence, model=self.request.model, stop=self.request.stop, replay=sequence.visible, num_chars=sequence.num_chars)
         if sequence.text is not None:
@@ -539,7 +547,9 @@ class Run:
         self._drop_attempt()
         for sequence in self.sequences:
             text, sequence.text = sequence.text, None
-            if text is not None:
+            if isinstance(text, LocalSequence):
+                self.engine.local_texts.close(text)
+            elif text is not None:
                 self.engine.texts.close(text)
         current = _current_task()
         for task in list(self._tasks):

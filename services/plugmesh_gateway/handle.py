@@ -19,11 +19,13 @@ from .admit import Admission, Ticket
 from .config import Settings
 from .decode_links import DecodeLinks
 from .generation import Engine, Generation, Outbox
+from .local_texts import LocalTexts
 from .measure import GatewayMetrics
 from .prepare import Models, ServedModel, Tokenizers
 from .request import ChatPrompt, Prepared, TextPrompt, Wanted
 from .route import SafeRouter
 from .text_links import TextLinks
+from .vocabularies import Vocabularies
 
 log = structlog.get_logger()
 
@@ -51,7 +53,8 @@ class Gateway:
         self.decode = DecodeLinks(mesh, stall_s=settings.stall_s, hang_s=settings.hang_s, on_frame=self._on_frame)
         self.models = Models(mesh, self.decode.peers, default_model)
         self.tokenizers = Tokenizers(mesh, self.texts.peers)
-        self.engine = Engine(mesh, settings, self.decode, self.texts, SafeRouter.choose(plugins), metrics, Outbox())
+        self.vocabularies = Vocabularies(mesh, self.texts.peers, is_enabled=settings.detokenize == "local")
+        self.engine = Engine(mesh, settings, self.decode, self.texts, SafeRouter.choose(plugins), metrics, Outbox(), LocalTexts())
         self._running: dict[str, Generation | None] = {}   # None while it is admitted and prepared
         self._one_less = asyncio.Event()
         metrics.gauge("gateway_in_flight", "Sequences being worked on", lambda: self.admission.num_places)
@@ -62,6 +65,7 @@ class Gateway:
         metrics.gauge("gateway_unsent_messages", "Messages that decode and tokenizer instances have not taken yet",
                       lambda: self.decode.num_unsent + self.texts.num_unsent)
         metrics.gauge("gateway_text_sequences", "Sequences open at tokenizer instances", lambda: self.texts.num_sequences)
+        metrics.gauge("gateway_local_text_sequences", "Sequences whose tokens become text in this process", lambda: self.engine.local_texts.num_sequences)
         metrics.gauge("gateway_decode_requests", "Attempts open at decode instances", lambda: self.decode.num_requests)
 
     def start(self) -> None:
@@ -73,6 +77,7 @@ class Gateway:
         for generation in list(self._running.values()):
             if generation is not None:
                 generation.end(Unavailable("this gateway is shutting down", retry_after_s=1))
+        await self.vocabularies.stop()
         await self.decode.stop()
         await self.texts.stop()
 
@@ -164,6 +169,7 @@ class Gateway:
             # Chosen here rather than in decode: a request that moves to another instance must go on with the same randomness.
             sampling = dataclasses.replace(sampling, seed=secrets.randbits(62))
         ends = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else facts.eos_token_ids)
+        table = self.vocabularies.known(model)
         prepared = []
         for i, (prompt, ids) in enumerate(zip(wanted.prompts, encoded, strict=True)):
             param = "messages" if isinstance(prompt, ChatPrompt) else "prompt"
@@ -174,7 +180,7 @@ class Gateway:
             prepared.append(Prepared(
                 request_id=wanted.request_id if len(encoded) == 1 else f"{wanted.request_id}.{i}", model=model.model, token_ids=ids,
                 sampling=params, end_token_ids=ends, stop=wanted.stop, priority=wanted.priority,
-                base_index=i * sampling.num_sequences, trace=wanted.trace))
+                base_index=i * sampling.num_sequences, trace=wanted.trace, table=table))
         return prepared
 
     async def _echoes(self, wanted: Wanted, model: ServedModel, deadline: float) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ import re
 import uuid
 from dataclasses import dataclass, field
 
+from plugmesh.detokenize import TokenTable
 from plugmesh.errors import InvalidRequest
 from plugmesh.types import SamplingParams
 
@@ -86,6 +87,7 @@ class Prepared:
     priority: int
     base_index: int          # of its first choice among all choices of the request
     trace: dict[str, str]
+    table: TokenTable | None = None   # to turn its tokens into text here; None leaves that to a tokenizer instance
 
 
 def new_request_id() -> str:

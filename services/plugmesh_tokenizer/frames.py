@@ -6,9 +6,9 @@ import collections
 from dataclasses import dataclass
 from typing import Any
 
+from plugmesh.detokenize import StreamingText
 from plugmesh.errors import InvalidRequest, LimitExceeded, PlugmeshError
 from plugmesh_proto.v1 import tokenizer_pb2
-from plugmesh_tokenizer.detokenize import StreamingText
 from plugmesh_tokenizer.models import Models
 
 

@@ -26,6 +26,7 @@ log = structlog.get_logger()
 FULL_NAME = "plugmesh_proto.v1.Tokenizer"
 _BUCKETS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 2)
 _INLINE_TOKENS = 8192  # Decode of fewer stays on the event loop
+_PART_BYTES = 32 << 10  # of one part of a vocabulary: a millisecond of work
 
 T = TypeVar("T")
 
@@ -140,6 +141,24 @@ class TokenizerServicer(tokenizer_pb2_grpc.TokenizerServicer):
             bos_token_id=vocabulary.bos_token_id, eos_token_ids=vocabulary.eos_token_ids,
             has_chat_template="" in vocabulary.chat_templates, special_tokens=vocabulary.special_tokens,
         )
+
+    async def Vocabulary(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        vocabulary = (await self._service.models.get(request.model)).vocabulary
+        table, special = vocabulary.token_bytes, sorted(vocabulary.special_ids)
+        part, num_bytes = tokenizer_pb2.VocabularyPart(first_id=0, special_ids=special), 4 * len(special)
+        for token_id in range(vocabulary.vocab_size):
+            piece = table[token_id]
+            if num_bytes > _PART_BYTES:
+                part.tokenizer_hash, part.vocab_size = vocabulary.hash, vocabulary.vocab_size
+                yield part
+                await asyncio.sleep(0)  # streams that run have their turn
+                part, num_bytes = tokenizer_pb2.VocabularyPart(first_id=token_id), 0
+            if piece is None:
+                part.missing_ids.append(token_id)
+            part.token_bytes.append(piece or b"")
+            num_bytes += len(piece or b"") + 8
+        part.tokenizer_hash, part.vocab_size = vocabulary.hash, vocabulary.vocab_size
+        yield part
 
     async def Encode(self, request: Any, context: Any) -> Any:
         begin = time.perf_counter()

@@ -25,6 +25,7 @@ LAYERS = {
     "plugmesh.records": 0,
     "plugmesh.wire": 0,
     "plugmesh.limits": 0,
+    "plugmesh.detokenize": 0,
     "plugmesh.config": 0,
     "plugmesh.logs": 0,
     "plugmesh.metrics": 0,

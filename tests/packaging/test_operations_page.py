@@ -17,7 +17,7 @@ README = (ROOT / "README.md").read_text()
 
 
 def defined_metrics() -> dict[str, str]:
-    """Metric name (with prefix) to the file that makes it, for every literal first argument of `.counter(`, `.gauge(`, `.histogram(` and of metric families."""
+    """Metric name (with prefix) to the file that makes it, for every literal first argument of `.counter(`, `.gauge(`, `.histogram(` and of metric families and `GapHistogram`."""
     found: dict[str, str] = {}
     for root in ("shared", "services", "plugins"):
         for path in (ROOT / root).rglob("*.py"):
@@ -27,7 +27,7 @@ def defined_metrics() -> dict[str, str]:
                 match node:
                     case ast.Call(func=ast.Attribute(attr="counter" | "gauge" | "histogram"), args=[ast.Constant(value=str(name)), *_]):
                         found[f"plugmesh_{name}"] = str(path.relative_to(ROOT))
-                    case ast.Call(func=ast.Name(id="GaugeMetricFamily" | "CounterMetricFamily" as kind), args=[ast.Constant(value=str(name)), *_]):
+                    case ast.Call(func=ast.Name(id="GaugeMetricFamily" | "CounterMetricFamily" | "GapHistogram" as kind), args=[ast.Constant(value=str(name)), *_]):
                         found[name + ("_total" if kind.startswith("Counter") else "")] = str(path.relative_to(ROOT))
     return found
 

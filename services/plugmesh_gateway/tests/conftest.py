@@ -40,9 +40,16 @@ class ByteTokenizer(tokenizer_pb2_grpc.TokenizerServicer):
         self.num_replays = 0
         self.num_frames = 0
         self.open: set[int] = set()
+        self.vocabulary: Callable[[], list[Any]] | None = None  # parts to answer Vocabulary with; without, it has no such call
 
     async def Describe(self, request, context):
         return tokenizer_pb2.TokenizerDescription(model="tiny", vocab_size=VOCAB, eos_token_ids=[EOS], has_chat_template=True)
+
+    async def Vocabulary(self, request, context):
+        if self.vocabulary is None:
+            await context.abort(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
+        for part in self.vocabulary():
+            yield part
 
     async def Encode(self, request, context):
         return tokenizer_pb2.EncodeReply(token_ids=list(request.text.encode()))

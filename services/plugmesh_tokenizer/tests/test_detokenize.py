@@ -6,8 +6,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from plugmesh.detokenize import StreamingText
 from plugmesh.errors import InvalidRequest
-from plugmesh_tokenizer.detokenize import StreamingText, decode
+from plugmesh_tokenizer.detokenize import decode
 
 IDS = st.lists(st.integers(0, 271), max_size=40)
 # Ids of 'a', 'b', 'ab', 'abc', blank and line break turn up often, so that stop strings do.

@@ -169,6 +169,19 @@ async def test_all_calls(store, tiny):
         assert it.registry.get_sample_value("plugmesh_tokenizer_tokens_total", {"direction": "encoded"}) > 0
 
 
+async def test_a_vocabulary_comes_whole_in_parts(store, tiny, monkeypatch):
+    monkeypatch.setattr("plugmesh_tokenizer.service._PART_BYTES", 256)
+    async with running(store) as it:
+        parts = [p async for p in it.stub.Vocabulary(pb.DescribeTokenizerRequest())]
+
+        pieces: list[bytes | None] = []
+        for part in parts:
+            assert (len(pieces), tiny.hash, tiny.vocab_size) == (part.first_id, part.tokenizer_hash, part.vocab_size)
+            pieces += [None if part.first_id + i in part.missing_ids else b for i, b in enumerate(part.token_bytes)]
+        assert len(parts) > 3 and tiny.token_bytes == tuple(pieces)
+        assert tiny.special_ids == set(parts[0].special_ids) and all(not p.special_ids for p in parts[1:])
+
+
 @pytest.mark.parametrize("ways", [{"inline"}, {"path"}, set()])
 async def test_files_come_by_path_inline_or_as_a_blob(store, tiny, ways):
     store.ways = ways

@@ -168,3 +168,19 @@ class DetokenizedText(_message.Message):
     is_final: bool
     error: str
     def __init__(self, sequence_id: _Optional[int] = ..., text: _Optional[str] = ..., num_chars_total: _Optional[int] = ..., num_tokens_consumed: _Optional[int] = ..., stopped: _Optional[bool] = ..., stop_string: _Optional[str] = ..., is_final: _Optional[bool] = ..., error: _Optional[str] = ...) -> None: ...
+
+class VocabularyPart(_message.Message):
+    __slots__ = ("tokenizer_hash", "vocab_size", "first_id", "token_bytes", "missing_ids", "special_ids")
+    TOKENIZER_HASH_FIELD_NUMBER: _ClassVar[int]
+    VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
+    FIRST_ID_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MISSING_IDS_FIELD_NUMBER: _ClassVar[int]
+    SPECIAL_IDS_FIELD_NUMBER: _ClassVar[int]
+    tokenizer_hash: str
+    vocab_size: int
+    first_id: int
+    token_bytes: _containers.RepeatedScalarFieldContainer[bytes]
+    missing_ids: _containers.RepeatedScalarFieldContainer[int]
+    special_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, tokenizer_hash: _Optional[str] = ..., vocab_size: _Optional[int] = ..., first_id: _Optional[int] = ..., token_bytes: _Optional[_Iterable[bytes]] = ..., missing_ids: _Optional[_Iterable[int]] = ..., special_ids: _Optional[_Iterable[int]] = ...) -> None: ...

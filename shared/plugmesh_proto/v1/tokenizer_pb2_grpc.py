@@ -60,6 +60,11 @@ class TokenizerStub:
                 request_serializer=plugmesh__proto_dot_v1_dot_tokenizer__pb2.DetokenizeFrame.SerializeToString,
                 response_deserializer=plugmesh__proto_dot_v1_dot_tokenizer__pb2.DetokenizedFrame.FromString,
                 _registered_method=True)
+        self.Vocabulary = channel.unary_stream(
+                '/plugmesh_proto.v1.Tokenizer/Vocabulary',
+                request_serializer=plugmesh__proto_dot_v1_dot_tokenizer__pb2.DescribeTokenizerRequest.SerializeToString,
+                response_deserializer=plugmesh__proto_dot_v1_dot_tokenizer__pb2.VocabularyPart.FromString,
+                _registered_method=True)
 
 
 class TokenizerServicer:
@@ -98,6 +103,13 @@ class TokenizerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Vocabulary(self, request, context):
+        """The bytes of every token, in order of ids: for a consumer that turns ids into text by itself.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TokenizerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -125,6 +137,11 @@ def add_TokenizerServicer_to_server(servicer, server):
                     servicer.Detokenize,
                     request_deserializer=plugmesh__proto_dot_v1_dot_tokenizer__pb2.DetokenizeFrame.FromString,
                     response_serializer=plugmesh__proto_dot_v1_dot_tokenizer__pb2.DetokenizedFrame.SerializeToString,
+            ),
+            'Vocabulary': grpc.unary_stream_rpc_method_handler(
+                    servicer.Vocabulary,
+                    request_deserializer=plugmesh__proto_dot_v1_dot_tokenizer__pb2.DescribeTokenizerRequest.FromString,
+                    response_serializer=plugmesh__proto_dot_v1_dot_tokenizer__pb2.VocabularyPart.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -263,6 +280,33 @@ class Tokenizer:
             '/plugmesh_proto.v1.Tokenizer/Detokenize',
             plugmesh__proto_dot_v1_dot_tokenizer__pb2.DetokenizeFrame.SerializeToString,
             plugmesh__proto_dot_v1_dot_tokenizer__pb2.DetokenizedFrame.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Vocabulary(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/plugmesh_proto.v1.Tokenizer/Vocabulary',
+            plugmesh__proto_dot_v1_dot_tokenizer__pb2.DescribeTokenizerRequest.SerializeToString,
+            plugmesh__proto_dot_v1_dot_tokenizer__pb2.VocabularyPart.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,0 +1,77 @@
+"""Token ids to text within this gateway, where it has the model's table of tokens. See ADR 4."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from plugmesh.detokenize import StreamingText, TokenTable
+from plugmesh.errors import PlugmeshError
+
+
+@dataclass(slots=True)
+class Text:
+    """What sinks read of the protobuf DetokenizedText."""
+
+    text: str
+    num_tokens_consumed: int
+    stopped: bool
+    is_final: bool
+    error: str = ""
+
+
+class TextSink(Protocol):
+    def on_text(self, text: Any) -> None: ...
+
+
+class LocalSequence:
+    """One open sequence."""
+
+    __slots__ = ("is_open", "sink", "stream")
+
+    def __init__(self, stream: StreamingText, sink: TextSink) -> None:
+        self.stream = stream
+        self.sink = sink
+        self.is_open = True
+
+
+class LocalTexts:
+    """Texts come in the next turn of the loop, as from a tokenizer instance: never while the caller is in the middle of a row."""
+
+    def __init__(self) -> None:
+        self._pending: list[tuple[LocalSequence, Seq[int], bool]] = []
+        self.num_sequences = 0
+
+    def open(self, sink: TextSink, table: TokenTable, *, stop: Seq[str]) -> LocalSequence:
+        self.num_sequences += 1
+        return LocalSequence(StreamingText(table, stops=stop), sink)
+
+    def add(self, sequence: LocalSequence, token_ids: Seq[int], is_final: bool) -> None:
+        if not self._pending:
+            asyncio.get_running_loop().call_soon(self._run)
+        self._pending.append((sequence, token_ids, is_final))
+
+    def close(self, sequence: LocalSequence) -> None:
+        """Nothing comes any more. A sequence that ended by itself needs no close."""
+        if sequence.is_open:
+            sequence.is_open = False
+            self.num_sequences -= 1
+
+    def _run(self) -> None:
+        pending, self._pending = self._pending, []
+        for sequence, token_ids, is_final in pending:
+            if not sequence.is_open:
+                continue
+            stream = sequence.stream
+            try:
+                text = stream.push(token_ids, is_final=is_final)
+            except PlugmeshError as e:
+                self.close(sequence)
+                sequence.sink.on_text(Text("", stream.num_tokens, False, True, f"{e.code}: {e.message}"))
+                continue
+            stopped = stream.stop_string is not None
+            if stopped or is_final:
+                self.close(sequence)
+            sequence.sink.on_text(Text(text, stream.num_tokens, stopped, stopped or is_final))
