@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import json
 import os
 import pathlib
 import platform
@@ -58,7 +59,7 @@ def examine(config_path: pathlib.Path | None = None) -> list[Finding]:
         config = MeshConfig()
         findings.append(Finding("mesh", "configuration", "problem", e.message, "plugmesh starts nothing with it; the rest assumes the defaults"))
     checks: tuple[Callable[[MeshConfig], list[Finding]], ...] = (
-        _python, _cpu, _memory, _shared_memory, _gpu, _torch, _packages, _broker_binary, _compiler, _model, _disk, _port, _running,
+        _python, _cpu, _memory, _shared_memory, _gpu, _torch, _kernels, _packages, _broker_binary, _compiler, _model, _disk, _port, _running,
     )  # fmt: skip
     for check in checks:
         try:
@@ -99,7 +100,7 @@ def _cpu(config: MeshConfig) -> list[Finding]:
         "prefill and decode share them" if usable >= 2 else "prefill and decode take turns on one core",
     )  # fmt: skip
     flags = cpu_flags()
-    shown = [f for f in ("avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "sve", "bf16") if f in flags]
+    shown = [f for f in ("avx2", "fma", "f16c", "avx512f", "avx512vbmi", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "sve", "bf16") if f in flags]
     if {"avx512_bf16", "amx_bf16", "bf16"} & flags:
         state, meaning = "ok", "bfloat16 is computed natively: the default dtype is the fast one"
     elif {"avx2", "asimd"} & flags:
@@ -166,6 +167,36 @@ def _torch(config: MeshConfig) -> list[Finding]:
     return [Finding("software", "torch", "ok", version, f"{where}; {threads} threads for each engine unless num_threads says otherwise")]
 
 
+# By instruction set: what the kernels make of it, and what is slower than it could be.
+_ISA_MEANINGS: dict[str, tuple[State, str]] = {
+    "avx512": ("ok", "weights of 4 and 8 bits are multiplied as integers (VNNI), the rest in bfloat16 where the weights are"),
+    "avx2": ("note", "weights of 4 and 8 bits are multiplied as integers; about half the speed of a processor with AVX-512 VNNI"),
+    "portable": ("note", "no instruction set that the kernels are written for was found; generation will be slow"),
+}
+
+
+def _kernels(config: MeshConfig) -> list[Finding]:
+    # In a process of its own, like torch: what does not suit the processor must not end this command.
+    code = (
+        "import json, plugmesh_kernels as k; ok = k.available(); "
+        "print(json.dumps([k.why_not(), k.isa(), k.native().best_isa(), str(k.library()), k.is_stale()] if ok else [k.why_not()]))"
+    )
+    asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    if asked.returncode != 0:
+        reason = (asked.stderr.strip().splitlines() or [f"ended with status {asked.returncode}"])[-1]
+        return [Finding("software", "kernels", "problem", "cannot be loaded", f"{reason[:120]}; PLUGMESH_KERNELS_ISA=none goes on without them")]
+    why_not, *facts = json.loads(asked.stdout.splitlines()[-1])
+    if why_not:
+        return [Finding("software", "kernels", "note", "not in use", f"{why_not}; torch computes instead, several times more slowly")]
+    isa, best, library, is_stale = facts
+    state, meaning = _ISA_MEANINGS.get(isa, ("note", "an instruction set of another version"))
+    if is_stale:
+        state, meaning = "note", f"{library} was built from other sources than those beside it: python -m plugmesh_kernels.build"
+    elif isa != best:
+        state, meaning = "note", f"chosen by PLUGMESH_KERNELS_ISA; this processor can do {best}"
+    return [Finding("software", "kernels", state, f"compiled, {isa}", meaning)]
+
+
 _PACKAGES = {
     "gateway": ("fastapi", "uvicorn"),
     "tokenizer": ("tokenizers", "jinja2"),
@@ -213,8 +244,8 @@ def _compiler(config: MeshConfig) -> list[Finding]:
         if path:
             asked = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=10, check=False)
             first = (asked.stdout.splitlines() or [path])[0]
-            return [Finding("software", "compiler", "ok", first[:60], "not needed to serve; kernels of one's own can be built")]
-    return [Finding("software", "compiler", "note", "none", "not needed to serve; kernels of one's own cannot be built")]
+            return [Finding("software", "compiler", "ok", first[:60], "compiles the native kernels: python -m plugmesh_kernels.build")]
+    return [Finding("software", "compiler", "note", "none", "needed only to compile the native kernels, when no wheel brings them")]
 
 
 def _model(config: MeshConfig) -> list[Finding]:

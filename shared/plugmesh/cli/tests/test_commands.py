@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import time
@@ -69,10 +70,33 @@ def test_doctor_tells_facts_as_json(tmp_path: pathlib.Path) -> None:
     answer = json.loads(done.stdout)
     findings = {f["name"]: f for f in answer["findings"]}
 
-    assert {"processor", "instructions", "memory", "shared memory", "GPU", "python", "torch", "broker", "compiler", "gateway port", "running"} <= set(findings)
+    assert {"processor", "instructions", "memory", "shared memory", "GPU", "python", "torch", "kernels", "broker", "compiler", "gateway port", "running"} <= set(findings)
     assert all(f["meaning"] and f["state"] in ("ok", "note", "problem") for f in findings.values())
     assert answer["ok"] == (done.returncode == 0)
     assert f"{sys.version_info.major}.{sys.version_info.minor}" in findings["python"]["value"]
+
+
+@pytest.mark.parametrize(
+    ("isa", "value", "meaning"),
+    [
+        ("none", "not in use", "PLUGMESH_KERNELS_ISA=none; torch computes instead"),
+        ("portable", "compiled, portable", "no instruction set that the kernels are written for|chosen by PLUGMESH_KERNELS_ISA; this processor can do|was built from other sources"),
+    ],
+)  # fmt: skip
+def test_doctor_says_which_kernels_compute(isa: str, value: str, meaning: str) -> None:
+    """Asked directly: the command takes seconds, most of them for torch."""
+    import plugmesh_kernels
+    from plugmesh.cli import doctor
+    from plugmesh.config import MeshConfig
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PLUGMESH_KERNELS_ISA", isa)
+        (found,) = doctor._kernels(MeshConfig())
+
+    if isa != "none" and not plugmesh_kernels.available():
+        value, meaning = "not in use", "compile"
+    assert (found.name, found.state, found.value) == ("kernels", "note", value)
+    assert re.search(meaning, found.meaning)
 
 
 def test_doctor_finds_what_is_wrong(tmp_path: pathlib.Path) -> None:
