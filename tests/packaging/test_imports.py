@@ -39,6 +39,7 @@ LAYERS = {
     "plugmesh_kernels": 4,
     "plugmesh_engine": 5,
     "plugmesh.supervisor": 6,
+    "plugmesh.bench": 7,
     "plugmesh.cli": 7,
     "plugmesh.testing": 7,
     **{name: 10 for name in (*SERVICES, *PLUGINS)},
@@ -133,6 +134,8 @@ def test_imports_go_down_only() -> None:
         ("plugmesh.mesh", "plugmesh.cli"),
         (SERVICES[0], SERVICES[-1] + ".service"),
         ("plugmesh_engine.engine", SERVICES[0]),
+        ("plugmesh_kernels.pack", "plugmesh_engine.weights"),
+        ("plugmesh_kernels", "plugmesh_weightstore.pack"),
     ],
 )
 def test_the_check_sees_an_import_that_goes_up_or_across(module: str, target: str) -> None:

@@ -17,26 +17,29 @@ from collections.abc import Iterator
 
 import pytest
 
+import plugmesh_kernels
 from plugmesh import __version__, models
 from plugmesh.mesh.broker import EmbeddedBroker
 from plugmesh.supervisor.observe import Observer
+from plugmesh_kernels import build
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 ROOTS = ("shared", "services", "plugins")
+pytestmark = pytest.mark.timeout(300)  # whichever test comes first builds the wheel, and compiles the kernels when no objects are at hand
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """Built from a copy, so that no build folder appears in the repository."""
     source = tmp_path_factory.mktemp("source")
-    for name in (*ROOTS, "pyproject.toml", "README.md", "LICENSE"):
+    for name in (*ROOTS, "pyproject.toml", "setup.py", "README.md", "LICENSE", "build/kernels"):  # the last: objects of kernels compiled before
         path = ROOT / name
         if path.is_dir():
             shutil.copytree(path, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
-        else:
+        elif path.exists():
             shutil.copy(path, source / name)
     code = "from setuptools import build_meta; build_meta.build_wheel('dist')"
-    done = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True, timeout=110)
+    done = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     (found,) = (source / "dist").glob("plugmesh-*.whl")
     return found
@@ -74,7 +77,7 @@ def test_generated_protos_are_in_the_wheel(names: set[str]) -> None:
 
 
 def test_data_files_are_in_the_wheel(names: set[str]) -> None:
-    wanted = {"plugmesh/py.typed"}
+    wanted = {"plugmesh/py.typed"} | {f"plugmesh_kernels/csrc/{p.name}" for p in (ROOT / "shared/plugmesh_kernels/csrc").iterdir()}
     for package in packages():
         wanted |= {f"{package.name}/{f}" for f in ("plugin.toml", "README.md", "py.typed") if (package / f).exists()}
         wanted |= {str(p.relative_to(package.parent)) for end in ("ini", "mako", "html", "jinja") for p in package.rglob(f"*.{end}") if "tests" not in p.parts}
@@ -88,6 +91,14 @@ def test_every_plugin_has_a_card_and_a_page() -> None:
 
     assert plugins
     assert [f"{p.name}/{f}" for p in plugins for f in ("plugin.toml", "README.md", "plugin.py") if not (p / f).is_file()] == []
+
+
+@pytest.mark.skipif(not plugmesh_kernels.available(), reason="the kernels cannot be compiled here")
+def test_the_wheel_is_for_this_platform_and_brings_the_kernels(wheel: pathlib.Path, names: set[str]) -> None:
+    python = f"cp{sys.version_info.major}{sys.version_info.minor}"
+
+    assert f"-{python}-{python}-" in wheel.name and not wheel.name.endswith("-any.whl")
+    assert [n for n in names if n.endswith(".so")] == [f"plugmesh_kernels/{build.module_file_name()}"]
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +139,16 @@ def test_the_installed_command_runs_outside_the_repository(installed: pathlib.Pa
     assert all(str(installed.parent.parent) in path for path in where.stdout.split())
     assert run("version").strip() == __version__
     assert {card["slug"] for card in json.loads(run("plugins", "--json"))} == {p.name.removeprefix("plugmesh_") for p in packages() if p.parent.name == "plugins"}
+
+
+@pytest.mark.skipif(not plugmesh_kernels.available(), reason="the kernels cannot be compiled here")
+def test_the_installed_kernels_are_those_of_the_wheel(installed: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    code = "import plugmesh_kernels as k; print(k.library(), k.isa(), k.is_stale())"
+    asked = subprocess.run([installed, "-c", code], cwd=tmp_path, env=clean_env(tmp_path), capture_output=True, text=True, timeout=60, check=True)
+    library, isa, is_stale = asked.stdout.split()
+
+    assert library.startswith(str(installed.parent.parent))
+    assert (isa, is_stale) == (plugmesh_kernels.native().best_isa(), "False")
 
 
 @pytest.mark.nats
