@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from plugmesh.cli.bench import bench_app
+
 app = typer.Typer(
     name="plugmesh",
     help="A plugin-based microservice mesh that serves language models.",
@@ -17,6 +19,7 @@ app = typer.Typer(
 )
 keys_app = typer.Typer(help="API keys of the gateway.", no_args_is_help=True)
 app.add_typer(keys_app, name="keys", rich_help_panel="Prepare")
+app.add_typer(bench_app, name="bench", rich_help_panel="Measure")
 
 Config = Annotated[pathlib.Path | None, typer.Option("--config", "-c", help="Configuration file (default: ./mesh.toml where there is one).")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for other programs.")]
