@@ -14,7 +14,9 @@ SPLIT_KEYS = 512
 def to_bf16(x: np.ndarray) -> np.ndarray:
     """Float32 values rounded to the nearest bfloat16 (to even), as float32. NaN stays."""
     bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
-    rounded = ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) & np.uint32(0xFFFF0000)).view(np.float32)
+    rounded = ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) & np.uint32(0xFFFF0000)).view(
+        np.float32
+    )
     return np.where(np.isnan(x), np.float32(np.nan), rounded)
 
 
@@ -57,7 +59,9 @@ def kv_part(x: np.ndarray, is_key: bool, int8: bool) -> np.ndarray:
     return np.concatenate([scale.ravel().view(np.uint8), body])
 
 
-def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, position: int, scale: float, split: int | None = None) -> np.ndarray:
+def attention(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, position: int, scale: float, split: int | None = None
+) -> np.ndarray:
     """Causal attention of one KV head.
 
     Args:

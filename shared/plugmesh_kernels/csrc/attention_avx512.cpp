@@ -392,7 +392,8 @@ void attention_split(const KvMemory& kv, int layer, int kv_head, int group, cons
   }
   for (int i = 0; i < pairs; ++i) {
     sum[i] = _mm512_reduce_add_ps(_mm512_load_ps(mem.sums + 16 * size_t(i)));
-    max[i] = mem.max[i] == NEG_INF ? NEG_INF : mem.max[i] * (mem.scale[i] * 0.6931471805599453f);
+    // A NaN score never becomes the maximum; merging has to learn of it all the same.
+    max[i] = sum[i] != sum[i] ? sum[i] : mem.max[i] == NEG_INF ? NEG_INF : mem.max[i] * (mem.scale[i] * 0.6931471805599453f);
   }
 }
 

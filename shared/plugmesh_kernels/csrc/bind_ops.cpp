@@ -167,12 +167,6 @@ void bind_ops(py::module_& m) {
         "min_p"_a, "u"_a, "isa"_a = "");
   m.def("logprobs_rows", logprobs_rows, "Log-probability of each row's token, and ids and log-probabilities of the best.", "logits"_a, "tokens"_a,
         "num_top"_a, "isa"_a = "");
-  m.def("ops_isas", [] {
-    py::list names;
-    for (const char* isa : {"avx512", "avx2", "portable"})
-      if (supports(isa)) names.append(isa);
-    return names;
-  });
   py::class_<PyKv>(m, "KvArray")
       .def(py::init<Exact<uint8_t>, int, int, int, bool>(), "memory"_a.noconvert(), "num_layers"_a, "kv_heads"_a, "head_dim"_a, "int8"_a)
       .def_static(

@@ -21,8 +21,10 @@ static inline __m512 exp2_ps(__m512 t) {
   return _mm512_scalef_ps(p, n);
 }
 
-// e^x, about 1 ulp: the argument is reduced with ln 2 in two parts.
+// e^x, about 1 ulp: the argument is reduced with ln 2 in two parts. Far out the reduction itself would overflow, hence the bounds; as the second operand
+// a NaN gets through them.
 static inline __m512 exp_ps(__m512 x) {
+  x = _mm512_min_ps(_mm512_set1_ps(110.0f), _mm512_max_ps(_mm512_set1_ps(-110.0f), x));
   const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(LOG2E_F)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693145751953125f), x);
   r = _mm512_fnmadd_ps(n, _mm512_set1_ps(1.428606765330187e-06f), r);
@@ -36,8 +38,9 @@ static inline __m512 exp_ps(__m512 x) {
   return _mm512_scalef_ps(p, n);
 }
 
-// e^x in double, about 1 ulp (Taylor to the 13th power on |r| <= ln(2)/2).
+// e^x for x <= 0 in double, about 1 ulp (Taylor to the 13th power on |r| <= ln(2)/2).
 static inline __m512d exp_pd(__m512d x) {
+  x = _mm512_max_pd(_mm512_set1_pd(-800.0), x);
   const __m512d n =
       _mm512_roundscale_pd(_mm512_mul_pd(x, _mm512_set1_pd(1.4426950408889634)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   __m512d r = _mm512_fnmadd_pd(n, _mm512_set1_pd(0.693147180369123816490), x);
