@@ -382,8 +382,9 @@ void Executor::attention_unit(int thread, int layer, const AttentionUnit& u) {
   const float scale = 1.0f / std::sqrt(float(d));
   ThreadState& state = threads_[thread];
   void* scratch = aligned(state.scratch);
+  const float* q = q_.data() + size_t(u.kv_head) * group_ * d;
   if (u.partial >= 0) {
-    ops_->attention_split(kv_, layer, u.kv_head, group_, seq, u.row0, u.row1, u.split0, q_.data(), q_size_, scale, partial_max_.data() + u.partial,
+    ops_->attention_split(kv_, layer, u.kv_head, group_, seq, u.row0, u.row1, u.split0, q, q_size_, scale, partial_max_.data() + u.partial,
                           partial_sum_.data() + u.partial, partial_out_.data() + size_t(u.partial) * d, scratch);
     return;
   }
@@ -393,7 +394,7 @@ void Executor::attention_unit(int thread, int layer, const AttentionUnit& u) {
   float *max = state.b.data() + each, *sum = max + n, *out = sum + n;
   for (int s = u.split0; s < u.split1; ++s) {
     const bool first = s == u.split0;
-    ops_->attention_split(kv_, layer, u.kv_head, group_, seq, u.row0, u.row1, s, q_.data(), q_size_, scale, first ? acc_max : max, first ? acc_sum : sum,
+    ops_->attention_split(kv_, layer, u.kv_head, group_, seq, u.row0, u.row1, s, q, q_size_, scale, first ? acc_max : max, first ? acc_sum : sum,
                           first ? acc_out : out, scratch);
     if (!first) ops_->attention_merge(acc_max, acc_sum, acc_out, max, sum, out, n, d);
   }

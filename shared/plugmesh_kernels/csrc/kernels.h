@@ -123,7 +123,7 @@ struct OpsKernels {
 
   // Attention of the query heads that share `kv_head`, for rows [row0, row1) of the sequence (counted within it), over keys of split s only:
   // [s * SPLIT_KEYS, min((s+1) * SPLIT_KEYS, position + row + 1)). group = query heads per KV head.
-  //   q: row r of the step, head h at q + r * ldq + h * D. Scores are scaled by `scale` in float32.
+  //   q: of row r of the step, head h of the group at q + r * ldq + h * D (so q starts at the group's first head). Scores are scaled by `scale` in float32.
   //   Partials per (row - row0, head in group): max[...], sum[...], out[... * D], laid out [(row - row0) * group + head]; rows without a key in the split
   //   get max = -inf, sum = 0, out = 0.
   void (*attention_split)(const KvMemory& kv, int layer, int kv_head, int group, const SequenceRows& seq, int row0, int row1, int split, const float* q,
