@@ -214,11 +214,10 @@ class Engine:
         self._draft(plan)
         began = time.perf_counter()
         plan, result = self._run(plan)
-        step_ms = (time.perf_counter() - began) * 1e3
         sampled = self._sample(plan, result)
         self._append(sampled)
         if self._drafter is not None:
-            self._drafter.observe(plan, step_ms)
+            self._drafter.observe(plan, (time.perf_counter() - began) * 1e3)
         return self._emit()
 
     def _schedule(self) -> list[Planned]:

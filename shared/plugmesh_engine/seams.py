@@ -142,7 +142,7 @@ class DraftOutcome:
         num_drafted, num_accepted: Per view; of what was proposed, memory may have cut the end.
         num_rows: Rows of the step: one per decode, the drafted ones, and those of prompts.
         num_prompt_rows: Rows of prompts among them.
-        step_ms: Time of the forward pass.
+        step_ms: Time of the forward pass and of sampling.
     """
 
     views: Sequence[DraftView]
