@@ -51,7 +51,9 @@ def quantize(x: np.ndarray) -> Quantized:
     pieces = pad(x).reshape(t, kp // 64, 64)
     largest = np.abs(pieces).max(axis=2, initial=0)
     usable = np.isfinite(largest) & (largest >= _TINY)
-    scale = np.where(usable, largest / np.float32(127), np.where(np.isfinite(largest), np.float32(0), np.float32(np.nan)))
+    scale = np.where(
+        usable, largest / np.float32(127), np.where(np.isfinite(largest), np.float32(0), np.float32(np.nan))
+    )
     inverse = np.float32(127) / np.where(usable, largest, np.float32(1))
     q = np.rint(np.where(usable[..., None], pieces, np.float32(0)) * inverse[..., None]).astype(np.int8)
     total = q.reshape(t, kp // 32, 32).sum(axis=2, dtype=np.int32)

@@ -1,115 +1,125 @@
-// Linear kernels for any machine: vectors of 16 values in the language extension of GCC and Clang, which become whatever registers there are.
+// Linear kernels for any machine: vectors of 4 values in the language extension of GCC and Clang, which are the registers of SSE2 and NEON.
 // Products are not fused with sums, because fmaf is a slow function where the instruction is missing.
 #include "linear_common.h"
 
 namespace pm {
 namespace {
 
-typedef float Floats __attribute__((vector_size(64)));
-typedef uint32_t Words __attribute__((vector_size(64)));
-typedef uint16_t Halves __attribute__((vector_size(32)));
+typedef float Floats __attribute__((vector_size(16)));
+typedef int32_t Ints __attribute__((vector_size(16)));
+constexpr int LANES = 4, VECTORS = ROWS / LANES;
+
+#define PM_INLINE inline __attribute__((always_inline))
 
 template <class V>
-inline V load(const void* p) {
+PM_INLINE V load(const void* p) {
   V v;
   memcpy(&v, p, sizeof v);
   return v;
 }
+PM_INLINE void save(float* p, Floats v) { memcpy(p, &v, sizeof v); }
+PM_INLINE Floats floats(Ints v) { return __builtin_convertvector(v, Floats); }
 
 // Shifts exponent and mantissa into place and scales away the difference of the exponents' biases.
-inline Floats load_f16(const uint8_t* p) {
-  const Words h = __builtin_convertvector(load<Halves>(p), Words);
-  const Words rest = (h & 0x7fffu) << 13;
-  const Words scaled = (Words)((Floats)rest * 5192296858534827628530496329220096.0f);  // 2^112
-  const Words special = (Words)(rest >= 0x0f800000u);                                  // infinity and NaN
-  return (Floats)(((h & 0x8000u) << 16) | (special & (rest | 0x7f800000u)) | (~special & scaled));
+PM_INLINE Floats load_f16(const uint8_t* p) {
+  uint16_t half[LANES];
+  memcpy(half, p, sizeof half);
+  const Ints h = {half[0], half[1], half[2], half[3]};
+  const Ints rest = (h & 0x7fff) << 13;
+  const Ints scaled = (Ints)((Floats)rest * 5192296858534827628530496329220096.0f);  // 2^112
+  const Ints special = rest >= 0x0f800000;                                          // infinity and NaN
+  return (Floats)(((h & 0x8000) << 16) | (special & (rest | 0x7f800000)) | (~special & scaled));
 }
 
-// Weights and activations as floats: 32 products of at most 128 * 127 and their sums are exact, and float multiplication is everywhere.
-struct Token {
-  int16_t q[INPUT_GROUP];
+struct PlainToken {
+  int8_t q[INPUT_GROUP];
   float scale, sum[2];
 };
 
-inline void pack_token(const Input& x, size_t index, Token& to) {
-  for (int i = 0; i < INPUT_GROUP; ++i) to.q[i] = x.q[index * INPUT_GROUP + i];
-  to.scale = x.scale[index];
-  memcpy(to.sum, x.sum + 2 * index, sizeof to.sum);
-}
+// Integer weights as floats: 32 products of at most 128 * 127 and their sums are exact, and float multiplication is everywhere.
+template <int MINIMA>
+struct PlainPiece {
+  Floats w[INPUT_GROUP][VECTORS], d[2][VECTORS], m[MINIMA][VECTORS];
 
-inline Floats dot(const Floats* w, const int16_t* q) {
-  Floats even = {}, odd = {};
-  for (int k = 0; k < GROUP; k += 2) {
-    even += w[k] * static_cast<float>(q[k]);
-    odd += w[k + 1] * static_cast<float>(q[k + 1]);
+  static void pack(const Input& x, size_t index, PlainToken& to) {
+    memcpy(to.q, x.q + index * INPUT_GROUP, sizeof to.q);
+    to.scale = x.scale[index];
+    memcpy(to.sum, x.sum + 2 * index, sizeof to.sum);
   }
-  return even + odd;
-}
 
-inline void add_to(float* acc, Floats part, float scale) {
-  const Floats sum = part * scale + load<Floats>(acc);
-  memcpy(acc, &sum, sizeof sum);
-}
+  void load_scales(const uint8_t* bytes) {
+    for (int g = 0; g < 2; ++g)
+      for (int h = 0; h < VECTORS; ++h) {
+        d[g][h] = load_f16(bytes + 32 * g + 2 * LANES * h);
+        if (MINIMA) m[g][h] = load_f16(bytes + 64 + 32 * g + 2 * LANES * h);
+      }
+  }
+
+  PM_INLINE void apply(const PlainToken& x, float* acc) const {
+    float q[INPUT_GROUP];
+    for (int k = 0; k < INPUT_GROUP; ++k) q[k] = x.q[k];
+    Floats part[VECTORS];
+    for (int g = 0; g < 2; ++g) {
+      Floats sum[VECTORS] = {};
+      for (int k = GROUP * g; k < GROUP * g + GROUP; ++k)
+        for (int h = 0; h < VECTORS; ++h) sum[h] += w[k][h] * q[k];
+      for (int h = 0; h < VECTORS; ++h) {
+        part[h] = g == 0 ? sum[h] * d[g][h] : sum[h] * d[g][h] + part[h];
+        if (MINIMA) part[h] = m[g][h] * x.sum[g] + part[h];
+      }
+    }
+    for (int h = 0; h < VECTORS; ++h) save(acc + LANES * h, part[h] * x.scale + load<Floats>(acc + LANES * h));
+  }
+};
 
 struct Q4 {
   static constexpr int BYTES = 640;
-  struct Piece {
-    Floats w[INPUT_GROUP], d[2], m[2];
-  };
-  using Token = pm::Token;
-  static void pack(const Input& x, size_t index, Token& to) { pack_token(x, index, to); }
+  using Piece = PlainPiece<2>;
+  using Token = PlainToken;
+  static void pack(const Input& x, size_t index, Token& to) { Piece::pack(x, index, to); }
   static void unpack(const uint8_t* bytes, Piece& to) {
-    for (int v = 0; v < 8; ++v) {
-      const Words four = load<Words>(bytes + 128 + 64 * v);
-      Floats* out = to.w + GROUP * (v / 4) + 4 * (v % 4);
-      for (int i = 0; i < 4; ++i) {
-        const Words both = four >> (8 * i);
-        out[i] = __builtin_convertvector((both & 15u), Floats);
-        out[i + 16] = __builtin_convertvector(((both >> 4) & 15u), Floats);
+    for (int v = 0; v < 8; ++v)
+      for (int h = 0; h < VECTORS; ++h) {
+        const Ints four = load<Ints>(bytes + 128 + 64 * v + 16 * h);
+        const int k = GROUP * (v / 4) + 4 * (v % 4);
+        for (int i = 0; i < 4; ++i) {
+          to.w[k + i][h] = floats((four >> (8 * i)) & 15);
+          to.w[k + i + 16][h] = floats((four >> (8 * i + 4)) & 15);
+        }
       }
-    }
-    for (int g = 0; g < 2; ++g) to.d[g] = load_f16(bytes + 32 * g), to.m[g] = load_f16(bytes + 64 + 32 * g);
+    to.load_scales(bytes);
   }
-  static void apply(const Piece& w, const Token& x, float* acc) {
-    Floats part = dot(w.w, x.q) * w.d[0];
-    part = w.m[0] * x.sum[0] + part;
-    part = dot(w.w + GROUP, x.q + GROUP) * w.d[1] + part;
-    part = w.m[1] * x.sum[1] + part;
-    add_to(acc, part, x.scale);
-  }
+  static PM_INLINE void apply(const Piece& w, const Token& x, float* acc) { w.apply(x, acc); }
 };
 
 struct Q8 {
   static constexpr int BYTES = 1088;
-  struct Piece {
-    Floats w[INPUT_GROUP], d[2];
-  };
-  using Token = pm::Token;
-  static void pack(const Input& x, size_t index, Token& to) { pack_token(x, index, to); }
+  using Piece = PlainPiece<0>;
+  using Token = PlainToken;
+  static void pack(const Input& x, size_t index, Token& to) { Piece::pack(x, index, to); }
   static void unpack(const uint8_t* bytes, Piece& to) {
-    for (int v = 0; v < 16; ++v) {
-      const Words four = load<Words>(bytes + 64 + 64 * v);
-      for (int i = 0; i < 4; ++i) to.w[4 * v + i] = __builtin_convertvector(((four >> (8 * i)) & 255u), Floats) - 128.0f;
-    }
-    for (int g = 0; g < 2; ++g) to.d[g] = load_f16(bytes + 32 * g);
+    for (int v = 0; v < 16; ++v)
+      for (int h = 0; h < VECTORS; ++h) {
+        const Ints four = load<Ints>(bytes + 64 + 64 * v + 16 * h);
+        for (int i = 0; i < 4; ++i) to.w[4 * v + i][h] = floats(((four >> (8 * i)) & 255) - 128);
+      }
+    to.load_scales(bytes);
   }
-  static void apply(const Piece& w, const Token& x, float* acc) {
-    Floats part = dot(w.w, x.q) * w.d[0];
-    part = dot(w.w + GROUP, x.q + GROUP) * w.d[1] + part;
-    add_to(acc, part, x.scale);
-  }
+  static PM_INLINE void apply(const Piece& w, const Token& x, float* acc) { w.apply(x, acc); }
 };
 
 template <int U>
-inline void float_piece(const uint8_t* w, const float* x, size_t stride, float* acc) {
+PM_INLINE void float_piece(const uint8_t* w, const float* x, size_t stride, float* acc) {
   for (int u = 0; u < U; ++u) {
-    Floats sum = load<Floats>(acc + ROWS * u);
-    for (int v = 0; v < INPUT_GROUP; ++v) sum += load<Floats>(w + 64 * v) * x[u * stride + v];
-    memcpy(acc + ROWS * u, &sum, sizeof sum);
+    Floats sum[VECTORS];
+    for (int h = 0; h < VECTORS; ++h) sum[h] = load<Floats>(acc + ROWS * u + LANES * h);
+    for (int v = 0; v < INPUT_GROUP; ++v)
+      for (int h = 0; h < VECTORS; ++h) sum[h] += load<Floats>(w + 64 * v + 16 * h) * x[u * stride + v];
+    for (int h = 0; h < VECTORS; ++h) save(acc + ROWS * u + LANES * h, sum[h]);
   }
 }
 
-inline float widen(uint16_t bf16) {
+PM_INLINE float widen(uint16_t bf16) {
   const uint32_t bits = uint32_t(bf16) << 16;
   float out;
   memcpy(&out, &bits, 4);
@@ -117,15 +127,19 @@ inline float widen(uint16_t bf16) {
 }
 
 template <int U>
-inline void float_piece(const uint8_t* w, const uint16_t* x, size_t stride, float* acc) {
+PM_INLINE void float_piece(const uint8_t* w, const uint16_t* x, size_t stride, float* acc) {
   for (int u = 0; u < U; ++u) {
-    Floats sum = load<Floats>(acc + ROWS * u);
+    Floats sum[VECTORS];
+    for (int h = 0; h < VECTORS; ++h) sum[h] = load<Floats>(acc + ROWS * u + LANES * h);
     for (int v = 0; v < INPUT_GROUP / 2; ++v) {
-      const Words pairs = load<Words>(w + 64 * v);
-      sum += (Floats)(pairs << 16) * widen(x[u * stride + 2 * v]);
-      sum += (Floats)(pairs & 0xffff0000u) * widen(x[u * stride + 2 * v + 1]);
+      const float x0 = widen(x[u * stride + 2 * v]), x1 = widen(x[u * stride + 2 * v + 1]);
+      for (int h = 0; h < VECTORS; ++h) {
+        const Ints pairs = load<Ints>(w + 64 * v + 16 * h);
+        sum[h] += (Floats)(pairs << 16) * x0;
+        sum[h] += (Floats)(pairs & ~0xffff) * x1;
+      }
     }
-    memcpy(acc + ROWS * u, &sum, sizeof sum);
+    for (int h = 0; h < VECTORS; ++h) save(acc + ROWS * u + LANES * h, sum[h]);
   }
 }
 

@@ -58,7 +58,9 @@ class Weight:
             y = np.full((len(x), self.n), 7.5, np.float32)
         encoded = native.LinearInput(isa, x)
         block1 = self.blocks if block1 is None else block1
-        native.linear(isa, self.type, self.n, self.k, self.data, encoded, y, bias=bias, block0=block0, block1=block1, add=add)
+        native.linear(
+            isa, self.type, self.n, self.k, self.data, encoded, y, bias=bias, block0=block0, block1=block1, add=add
+        )
         return y
 
 
@@ -73,18 +75,24 @@ def rows(rng: np.random.Generator, t: int, k: int) -> np.ndarray:
 def assert_close(found: np.ndarray, expected: np.ndarray, tolerance: np.ndarray) -> None:
     """Within the tolerance of each result; NaN exactly where NaN is expected."""
     wrong = ~((np.abs(found - expected) <= tolerance) | (np.isnan(found) & np.isnan(expected)) | (found == expected))
-    assert not wrong.any(), f"{wrong.sum()} of {wrong.size} wrong, first at {np.argwhere(wrong)[0]}: {found[wrong][0]} for {expected[wrong][0]}"
+    assert not wrong.any(), (
+        f"{wrong.sum()} of {wrong.size} wrong, first at {np.argwhere(wrong)[0]}: {found[wrong][0]} for {expected[wrong][0]}"
+    )
 
 
 def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
-    return a.dtype == b.dtype and np.array_equal(np.ascontiguousarray(a).view(np.uint8), np.ascontiguousarray(b).view(np.uint8))
+    return a.dtype == b.dtype and np.array_equal(
+        np.ascontiguousarray(a).view(np.uint8), np.ascontiguousarray(b).view(np.uint8)
+    )
 
 
 @each_isa
 @each_type
 @settings(max_examples=25, deadline=None)
 @given(t=st.integers(0, 40), add=st.booleans(), biased=st.booleans(), **SHAPES)
-def test_results_are_those_of_double_precision(isa: str, type_: int, t: int, add: bool, biased: bool, n: int, k: int, seed: int) -> None:
+def test_results_are_those_of_double_precision(
+    isa: str, type_: int, t: int, add: bool, biased: bool, n: int, k: int, seed: int
+) -> None:
     rng = np.random.default_rng(seed)
     weight, x = Weight(rng, type_, n, k), rows(rng, t, k)
     bias = rng.normal(0, 1, n).astype(np.float32) if biased else None
@@ -102,7 +110,9 @@ def test_results_are_those_of_double_precision(isa: str, type_: int, t: int, add
 @each_type
 @settings(max_examples=15, deadline=None)
 @given(t=st.integers(1, 150), cut=st.integers(0, 5), **SHAPES)
-def test_a_row_alone_and_any_split_give_the_same_bits(isa: str, type_: int, t: int, cut: int, n: int, k: int, seed: int) -> None:
+def test_a_row_alone_and_any_split_give_the_same_bits(
+    isa: str, type_: int, t: int, cut: int, n: int, k: int, seed: int
+) -> None:
     rng = np.random.default_rng(seed)
     weight, x = Weight(rng, type_, n, k), rows(rng, t, k)
     bias = rng.normal(0, 1, n).astype(np.float32)
@@ -124,7 +134,9 @@ def test_a_row_alone_and_any_split_give_the_same_bits(isa: str, type_: int, t: i
 @each_type
 @settings(max_examples=15, deadline=None)
 @given(t=st.integers(2, 20), value=st.sampled_from([np.nan, np.inf, -np.inf]), **SHAPES)
-def test_a_nan_or_infinity_stays_in_its_row(isa: str, type_: int, t: int, value: float, n: int, k: int, seed: int) -> None:
+def test_a_nan_or_infinity_stays_in_its_row(
+    isa: str, type_: int, t: int, value: float, n: int, k: int, seed: int
+) -> None:
     rng = np.random.default_rng(seed)
     weight, x = Weight(rng, type_, n, k), rows(rng, t, k)
     clean = weight.times(isa, x)
