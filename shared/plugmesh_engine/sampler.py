@@ -135,8 +135,7 @@ def _kernels() -> Any:
         import plugmesh_kernels
     except ImportError:
         return None
-    module = plugmesh_kernels.native() if plugmesh_kernels.available() else None
-    return module if hasattr(module, "sample_rows") else None
+    return plugmesh_kernels.native() if plugmesh_kernels.available() else None
 
 
 def _choose(logits: np.ndarray, rows: Sequence[SampleRow], choose: Choose | None) -> np.ndarray:

@@ -154,3 +154,37 @@ def test_a_row_without_finite_maximum_spoils_only_itself(bad: float) -> None:
     logits[1, 4] = bad
 
     assert sample(logits, rows) == [wanted[0], None, wanted[2]]
+
+
+@given(st.lists(st.tuples(st.integers(-(2**70), 2**70), st.integers(0, 9), st.integers(0, 10**6)), min_size=1, max_size=16))
+def test_few_and_many_numbers_are_drawn_alike(keys: list[tuple[int, int, int]]) -> None:
+    """Few by plain integers, many by arrays."""
+    many = keys + [(0, 0, 0)] * 17
+
+    assert uniforms(*zip(*keys, strict=True)).tolist() == uniforms(*zip(*many, strict=True)).tolist()[: len(keys)]
+
+
+@pytest.mark.skipif(sampler._kernels() is None, reason="the kernels are not compiled")
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 4), st.sampled_from([3, 29, 4099]), st.data())
+def test_kernels_choose_as_numpy_does(seed: int, num_rows: int, vocab: int, data: st.DataObject) -> None:
+    """But where a border is within the last bits of a sum: one row in some thousands, so at most one of these."""
+    rng = np.random.default_rng(seed)
+    logits = (rng.standard_normal((num_rows, vocab)) * data.draw(st.sampled_from([0.1, 3, 30]))).astype(np.float32)
+    if data.draw(st.booleans()):
+        logits[0, 1] = data.draw(st.sampled_from([np.nan, np.inf]))
+
+    def column(values: list[float], dtype: type) -> np.ndarray:
+        return np.array([data.draw(st.sampled_from(values)) for _ in range(num_rows)], dtype)
+
+    parameters = (
+        column([0.0, 0.3, 1.0, 1.7], np.float32), column([0, 1, 7, vocab, vocab + 5], np.int32), column([1.0, 0.9, 0.5, 0.0], np.float32),
+        column([0.0, 0.05, 0.5], np.float32), rng.random(num_rows),
+    )  # fmt: skip
+    native, slow = sampler._kernels().sample_rows(logits, *parameters), sampler.sample_rows(logits, *parameters)
+    assert (native != slow).sum() <= 1
+
+    tokens = np.maximum(slow, 0)
+    good = np.flatnonzero(slow >= 0)
+    for a, b in zip(sampler._kernels().logprobs_rows(logits[good], tokens[good], 3), sampler.logprobs_rows(logits[good], tokens[good], 3), strict=True):
+        assert np.allclose(a, b, atol=1e-4)
