@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Iterable, Sequence
@@ -59,7 +60,7 @@ class Record:
 
     @property
     def gaps_s(self) -> list[float]:
-        return [b - a for a, b in zip(self.times_s, self.times_s[1:], strict=False)]
+        return [b - a for a, b in itertools.pairwise(self.times_s)]
 
     @property
     def is_exact(self) -> bool:
