@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -219,7 +220,7 @@ class CudaExecutor:
 
     def run(self, rows: Sequence[Rows]) -> StepResult:
         """One forward pass; writes the KV of all rows. Blocks until the results are on the host."""
-        with torch.inference_mode():
+        with torch.inference_mode(), torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext():
             total = sum(len(r.token_ids) for r in rows)
             if total <= self._sizes[-1] and all(0 < len(r.token_ids) <= self._single_rows and r.num_computed for r in rows):
                 return self._run_single(rows, total)
@@ -270,6 +271,7 @@ class CudaExecutor:
         graph = torch.cuda.CUDAGraph()
         try:
             s.clear()  # the warm-up must not write into anybody's blocks
+            torch.cuda.synchronize()  # the host's side is filled again below
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):  # libraries allocate and kernels are compiled on their first call, which a capture forbids

@@ -36,4 +36,5 @@ def available(device: str = "cuda") -> bool:
         import triton  # noqa: F401 # asks whether it is installed
     except ImportError:
         return False
-    return torch.cuda.is_available() if device.startswith("cuda") else is_interpreted()
+    where = torch.device(device)
+    return (where.index or 0) < torch.cuda.device_count() if where.type == "cuda" else is_interpreted()
