@@ -36,7 +36,6 @@ from plugmesh.wire import (
     layout_to_pb,
     sampling_from_pb,
     token_from_pb,
-    token_to_pb,
     usage_to_pb,
 )
 from plugmesh_decode.config import Settings
@@ -69,6 +68,7 @@ class Generation:
     task: asyncio.Task[None] | None = None
     deadline: asyncio.TimerHandle | None = None
     in_engine: bool = False
+    num_own_prefix: int | None = None           # prompt tokens in the engine's own cache, where it was asked already
     span: Span = field(default_factory=lambda: Span(""))
 
 
@@ -173,15 +173,18 @@ class Generator:
         if num_prefill == 0 or len(ids) < self.settings.remote_prefill_min_tokens:
             return False
         cached, running = await self.driver.call(lambda e: (e.cached_prefix(ids), e.stats().num_running))
+        g.num_own_prefix = cached  # asking again would wait for another step
         choice = self.plugins.guard(self.policy.name, self.policy.choose, len(ids) - cached, running, num_prefill)
         return choice == "remote"
 
     async def _prefill_locally(self, g: Generation) -> None:
         sources: list[KvSource] = []
         ids = g.request.token_ids
-        if self.stores is not None and not g.request.no_prefix_cache and len(ids) > BLOCK_TOKENS:
+        if self.stores is not None and not g.request.no_prefix_cache and len(ids) > BLOCK_TOKENS and self.stores.nearest():
             chain = block_chain(self.layout.key(), ids[: len(ids) - 1])
-            cached = await self.driver.call(lambda e: e.cached_prefix(ids))
+            cached = g.num_own_prefix
+            if cached is None:
+                cached = await self.driver.call(lambda e: e.cached_prefix(ids))
             if cached < len(chain) * BLOCK_TOKENS:
                 sources = await self._pin(g, chain, len(ids))
         await self._submit(g, sources)
@@ -256,23 +259,33 @@ class Generator:
             )
             for i, (token, reason) in enumerate(zip(tokens, reasons, strict=True))
         ]
-        g.session.put(0, [self._row(g, e) for e in events])
+        frame = pb.TokenFrame()
+        for e in events:
+            self._fill_row(g, e, frame.rows.add())
+        self._counters.tokens.inc(len(events))
+        g.session.put_frame(frame)
         if all_done:
             self._end(g, "stop")
 
     def _on_step(self, output: StepOutput, _: list[ExportedBlock]) -> None:
-        rows: dict[Session, list[pb.TokenRow]] = {}
+        frames: dict[Session, pb.TokenFrame] = {}
         ended: list[tuple[Generation, str]] = []
+        num_tokens = 0
         for event in output.tokens:
             g = self._live.get(event.request_id)
             if g is None:
                 continue
-            rows.setdefault(g.session, []).append(self._row(g, event))
+            frame = frames.get(g.session)
+            if frame is None:
+                frame = frames[g.session] = pb.TokenFrame(step=output.step)
+            self._fill_row(g, event, frame.rows.add())
+            num_tokens += len(event.tokens)
             if event.request_done:
                 ended.append((g, "error" if event.error else event.finish_reason.value if event.finish_reason else "stop"))
-        for session, items in rows.items():
-            session.put(output.step, items)
-            self._counters.frames.inc()
+        self._counters.tokens.inc(num_tokens)
+        self._counters.frames.inc(len(frames))
+        for session, frame in frames.items():
+            session.put_frame(frame)
             if session.overflowed:
                 self.drop_session(session)
         for g, reason in ended:
@@ -283,25 +296,34 @@ class Generator:
             if g_imported is not None:
                 self._unpin(g_imported)
 
-    def _row(self, g: Generation, event: TokenEvent) -> pb.TokenRow:
-        told = event.sequence in g.finished and not event.tokens  # it left with a first token, or came finished
-        row = pb.TokenRow(
-            request_id=event.request_id, sequence=event.sequence, index=event.index, tokens=[token_to_pb(t) for t in event.tokens],
-            finish_reason=finish_to_pb(None if told and event.error is None else event.finish_reason), request_done=event.request_done,
-        )
-        if event.finish_reason is not None:
-            g.finished.add(event.sequence)
+    def _fill_row(self, g: Generation, event: TokenEvent, row: pb.TokenRow) -> None:
+        """Runs for every sequence in every step: fields that keep their default are not touched, and nothing is copied."""
+        row.request_id = event.request_id
+        if event.sequence:
+            row.sequence = event.sequence
+        row.index = event.index
+        for token in event.tokens:
+            info = row.tokens.add()
+            info.token_id = token.token_id
+            info.logprob = token.logprob
+            for token_id, logprob in token.top:
+                info.top.add(token_id=token_id, logprob=logprob)
         g.num_generated += len(event.tokens)
-        self._counters.tokens.inc(len(event.tokens))
         if event.sequence not in g.announced:
             g.announced.add(event.sequence)
             row.prefill, row.weight_version = g.prefill, self.layout.model
+        if event.finish_reason is not None:
+            told = event.sequence in g.finished and not event.tokens  # it left with a first token, or came finished
+            if not told or event.error is not None:
+                row.finish_reason = finish_to_pb(event.finish_reason)
+            g.finished.add(event.sequence)
+        if event.request_done:
+            row.request_done = True
         if event.error is not None:
             row.error.CopyFrom(error_to_pb(event.error))
         if event.usage is not None:
             usage = event.usage if g.num_cached_tokens is None else dataclasses.replace(event.usage, cached_tokens=g.num_cached_tokens)
             row.usage.CopyFrom(usage_to_pb(usage))
-        return row
 
     # 4. Ends
 

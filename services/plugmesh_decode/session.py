@@ -34,17 +34,22 @@ class Session:
 
     def put(self, step: int, rows: Sequence[pb.TokenRow]) -> None:
         """Queues the rows of one step. Rows for a closed session are dropped: nobody is left to read them."""
-        if self._closed or not rows:
+        if not self._closed and rows:
+            self.put_frame(pb.TokenFrame(step=step, rows=rows))
+
+    def put_frame(self, frame: pb.TokenFrame) -> None:
+        """As `put`; the frame belongs to the session from now on."""
+        num_rows = len(frame.rows)
+        if self._closed or not num_rows:
             return
-        self._num_rows += len(rows)
+        self._num_rows += num_rows
         if self._num_rows > self._max_rows:
             self.close(Overloaded(f"the consumer left {self._num_rows} rows unread, more than {self._max_rows}", retry_after_s=1))
             return
         if len(self._frames) >= MERGE_ABOVE_FRAMES:
-            self._frames[-1].rows.extend(rows)
-            self._frames[-1].step = step
+            self._frames[-1].MergeFrom(frame)
         else:
-            self._frames.append(pb.TokenFrame(step=step, rows=rows))
+            self._frames.append(frame)
         self._ready.set()
 
     def close(self, error: PlugmeshError | None = None) -> None:

@@ -304,6 +304,14 @@ class Run:
             generation.end(InternalError("the gateway failed on this request"))
 
     def _take_row(self, row: Any) -> None:
+        # Nearly all rows: another token of a sequence that goes on, where it is expected.
+        if not row.finish_reason and not row.request_done and row.sequence < len(self.sequences):
+            sequence = self.sequences[row.sequence]
+            tokens = row.tokens
+            if (tokens and row.index == len(sequence.tokens) and sequence.decode_reason is None and sequence.finish_reason is None
+                    and not row.HasField("error")):
+                self._take_next(sequence, tokens)
+                return
         if row.HasField("usage"):
             self.num_cached_tokens = row.usage.cached_tokens
         reason = finish_from_pb(row.finish_reason)
@@ -325,6 +333,22 @@ class Run:
             self._drop_attempt()
             if any(s.decode_reason is None and s.finish_reason is None for s in self.sequences):
                 self._lost("incomplete", DataLoss("decode ended the request before its sequences"))
+
+    def _take_next(self, sequence: Sequence, tokens: Any) -> None:
+        """As `_take_tokens`, for a row that neither repeats nor ends anything."""
+        ids = [tokens[0].token_id] if len(tokens) == 1 else [t.token_id for t in tokens]
+        sequence.tokens += ids
+        sequence.visible += ids
+        sequence.infos += tokens
+        generation, text = self.generation, sequence.text
+        if not generation.first_token_at:
+            generation.first_token_at = time.monotonic()
+        if isinstance(text, LocalSequence):
+            self.engine.local_texts.add(text, ids, False)
+        elif text is not None:
+            self.engine.texts.add(text, ids, False)
+        self._failures = 0
+        self.engine.router.progress(self.request.request_id, len(ids))
 
     def _take_tokens(self, sequence: Sequence, row: Any, reason: FinishReason | None) -> bool:
         tokens = row.tokens
@@ -470,10 +494,13 @@ class Run:
             return
         self._text_losses = 0
         # `infos` starts at token `num_consumed`; what is consumed now belongs to this event.
-        num_new = max(0, min(text.num_tokens_consumed - sequence.num_consumed, len(sequence.infos)))
-        infos = sequence.infos[:num_new]
-        del sequence.infos[:num_new]
-        sequence.num_consumed += num_new
+        num_new = text.num_tokens_consumed - sequence.num_consumed
+        if num_new >= len(sequence.infos):
+            infos, sequence.infos = sequence.infos, []
+        else:
+            infos = sequence.infos[: max(0, num_new)]
+            del sequence.infos[: len(infos)]
+        sequence.num_consumed += len(infos)
         sequence.num_chars += len(text.text)
         reason: FinishReason | None = None
         if text.stopped:

@@ -91,6 +91,8 @@ class Edge:
         self.keys = keys
         self.max_requests = max_requests
         self.num_requests = 0
+        # Paths that many requests take to handlers that need nothing of the framework, whose middleware costs more than they do.
+        self.shortcuts: dict[tuple[str, str], Callable[[Request], Awaitable[Response]]] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -117,7 +119,11 @@ class Edge:
             if scope["path"] not in _OPEN:
                 authorization = next((v for k, v in scope["headers"] if k == b"authorization"), b"")
                 self.keys.check(authorization.decode("latin-1"), scope_of(scope["method"], scope["path"]))
-            await self.app(scope, receive, send_on)
+            handler = self.shortcuts.get((scope["method"], scope["path"]))
+            if handler is None:
+                await self.app(scope, receive, send_on)
+            else:
+                await (await handler(Request(scope, receive)))(scope, receive, send_on)
         except PlugmeshError as e:
             if not has_started:
                 await error_response(e)(scope, receive, send_on)
@@ -350,7 +356,9 @@ def build_app(gateway: Gateway, keys: KeyRing, registry: prometheus_client.Colle
     app.add_exception_handler(HTTPException, on_http_error)
     app.add_exception_handler(PlugmeshError, on_error)
     app.add_exception_handler(Exception, _on_defect)
-    return Edge(app, keys, settings.max_connections)
+    edge = Edge(app, keys, settings.max_connections)
+    edge.shortcuts = {("POST", "/v1/chat/completions"): chat_route, ("POST", "/v1/completions"): completions_route}
+    return edge
 
 
 async def _on_defect(request: Request, e: Exception) -> Response:
@@ -411,7 +419,7 @@ class HttpServer:
         self.port = listener.getsockname()[1]
         config = uvicorn.Config(
             self._app, log_config=None, access_log=False, lifespan="off", server_header=False, timeout_keep_alive=30, ws="none",
-            http=Protocol)
+            http=Protocol, proxy_headers=False)
         self._server = _Server(config)
         self._task = asyncio.create_task(self._server.serve(sockets=[listener]), name="http-server")
         until = time.monotonic() + 10

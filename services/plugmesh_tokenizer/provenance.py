@@ -81,6 +81,8 @@ class Marker:
         self.mark = mark
         self._specials = sorted(specials, key=len, reverse=True)
         self._longest = len(self._specials[0]) if self._specials else 0
+        self._heads = frozenset(s[:n] for s in self._specials for n in range(1, len(s) + 1))
+        self._tails = frozenset(s[-n:] for s in self._specials for n in range(1, len(s) + 1))
         firsts = "".join(re.escape(c) for c in sorted({s[0] for s in self._specials}))
         lasts = "".join(re.escape(c) for c in sorted({s[-1] for s in self._specials}))
         self._first = re.compile(f"([{firsts}])") if firsts else None
@@ -119,9 +121,9 @@ class Marker:
         lead, core, trail = _trimmed(text)
         if not core:
             return text
-        if any(special.startswith(core[-n:]) for n in range(1, min(len(core), self._longest) + 1) for special in self._specials):
+        if any(core[-n:] in self._heads for n in range(1, min(len(core), self._longest) + 1)):
             core += self.mark
-        if any(special.endswith(core[:n]) for n in range(1, min(len(core), self._longest) + 1) for special in self._specials):
+        if any(core[:n] in self._tails for n in range(1, min(len(core), self._longest) + 1)):
             core = self.mark + core
         return lead + core + trail
 

@@ -10,6 +10,7 @@ import asyncio
 import collections
 import concurrent.futures
 import contextlib
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from plugmesh_engine.engine import BlockReady, Engine, EngineRequest, StepOutput
 log = structlog.get_logger()
 R = TypeVar("R")
 
+SWITCH_S = 0.0005  # see EngineDriver.start
 WAKE_S = 1.0  # the idle thread looks for a stop request this often, should a wake-up ever be lost
 
 
@@ -64,7 +66,12 @@ class EngineDriver:
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Starts the thread. Call from the event loop that is to receive the callbacks."""
+        """Starts the thread. Call from the event loop that is to receive the callbacks.
+
+        Shortens the interpreter's switch interval for the whole process: after native code, which runs without the lock, the
+        engine's thread waits for so long when the event loop is busy at that moment, and its cores idle meanwhile.
+        """
+        sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_S))
         self._loop = asyncio.get_running_loop()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()

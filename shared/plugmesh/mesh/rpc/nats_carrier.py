@@ -1,7 +1,7 @@
 """The NATS carrier: one connection, one inbox subscription, a table of routes.
 
-nats-py awaits a subscription's callbacks one after another, so a callback here only looks up a route and calls it; a
-handler that takes time runs in a task of its own. Publishing never waits: the client's `publish` coroutine is run on the
+nats-py awaits a subscription's callbacks one after another, so a callback here only looks up a route and calls it (those
+of the inbox at once, while the connection is read); a handler that takes time runs in a task of its own. Publishing never waits: the client's `publish` coroutine is run on the
 spot, and only if it has to wait (its buffer is full) a task finishes it, with later messages queued behind it.
 """
 
@@ -13,6 +13,7 @@ import secrets
 import ssl
 from collections import deque
 from collections.abc import Callable, Coroutine, Generator
+from dataclasses import dataclass
 from typing import Any
 
 import nats
@@ -29,6 +30,45 @@ log = structlog.get_logger()
 
 HEAD_ROOM_BYTES = MAX_METADATA_BYTES + 4096
 MAX_BACKLOG_BYTES = 64 << 20    # publishing fails beyond; the credit windows keep it far below
+
+
+class _Client(Client):
+    """A client that hands the messages of one subscription over while it reads them.
+
+    nats-py puts every message into a queue from which a task of the subscription takes it. For the inbox, which carries
+    every packet of every call, that is a wake-up and a task switch per message for nothing: what happens there never waits.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._direct: dict[int, OnMessage] = {}
+
+    def take_directly(self, subscription: Any, callback: OnMessage) -> None:
+        """From now on `callback` gets what arrives for this subscription. It must neither wait nor raise."""
+        self._direct[subscription._id] = callback
+
+    async def _process_msg(self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes) -> None:
+        callback = self._direct.get(sid)
+        if callback is None:
+            await super()._process_msg(sid, subject, reply, data, headers)
+            return
+        self.stats["in_msgs"] += 1
+        self.stats["in_bytes"] += len(data)
+        parsed = await self._process_headers(headers) if headers else None
+        try:
+            callback(_Packet(subject.decode(), data, reply.decode(), parsed))
+        except Exception as e:  # an error here would end the reading of the connection
+            log.exception("nats.callback_failed", error=type(e).__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Packet:
+    """Implements `carrier.Message`."""
+
+    subject: str
+    data: bytes
+    reply: str
+    headers: dict[str, str] | None
 
 
 class NatsCarrier:
@@ -64,7 +104,7 @@ class NatsCarrier:
                 password = password_file.read_text().strip()  # noqa: ASYNC240 - a few bytes, before anything runs
             except OSError as e:
                 raise ConfigError(f"cannot read mesh.nats.password_file {password_file}: {e.strerror}") from e
-        client = Client()
+        client = _Client()
         self = cls(client, mesh, role)
         options: dict[str, Any] = {}
         if user:
@@ -88,7 +128,7 @@ class NatsCarrier:
         self._connected = True
         # A broker with a lower cap of its own lowers ours: a packet is a message, its head and its metadata.
         self.max_message_bytes = min(MAX_MESSAGE_BYTES, max(1024, client.max_payload - HEAD_ROOM_BYTES))
-        await client.subscribe(f"{self.inbox}.*", cb=self._on_inbox, pending_bytes_limit=0)
+        client.take_directly(await client.subscribe(f"{self.inbox}.*", cb=_nothing), self._on_inbox)
         await client.flush(5)
         return self
 
@@ -138,7 +178,7 @@ class NatsCarrier:
 
     # --- receiving ------------------------------------------------------------------------------------------------
 
-    async def _on_inbox(self, message: Any) -> None:
+    def _on_inbox(self, message: Any) -> None:
         route = self.routes.get(message.subject.rpartition(".")[2]) or self.routes.get(UNKNOWN)
         if route is not None:
             route(message)
@@ -226,6 +266,10 @@ class NatsCarrier:
         if self._finisher is not None:
             self._finisher.cancel()
         await _quietly(self.client.close())
+
+
+async def _nothing(message: Any) -> None:
+    """For a subscription whose messages are taken directly; without a callback nats-py would keep them."""
 
 
 _undo_tasks: set[asyncio.Task[None]] = set()
