@@ -1,6 +1,6 @@
 // Linear kernels for AVX-512 with VNNI and BF16 (Zen 4 and later, Sapphire Rapids).
 //
-// Integer weights: for T > SMALL_TOKENS the 16 vectors of a piece (64 K of 16 rows) are unpacked into registers once and all tokens of a tile pass by them;
+// Integer weights: for more than 4 tokens the 16 vectors of a piece (64 K of 16 rows) are unpacked into registers once and all tokens of a tile pass by them;
 // the float accumulators lie in L1. So there is no token tile in registers, no remainder of one, and nothing unpacked is ever written. Per piece and token
 // 16 vpdpbusd and 5 (Q8_0: 3) multiplications use the two multiplying pipes, everything else runs beside them.
 // For few tokens, where memory is the limit, the accumulators stay in registers and the weights are unpacked on the fly.
@@ -19,8 +19,6 @@ namespace pm {
 namespace {
 
 #define PM_INLINE inline __attribute__((always_inline))
-
-constexpr int SMALL_TOKENS = 4;
 
 // A row block range whose weights stay in L2 while the token tiles pass.
 constexpr size_t CHUNK_BYTES = 512 * 1024;
