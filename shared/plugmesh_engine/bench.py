@@ -35,7 +35,7 @@ class _Live:
     asked: int
     sent_s: float
     times: list[float]
-    num_out: int = 0
+    tokens: list[int]
 
 
 def load_manifest(model: pathlib.Path, format: str, store: pathlib.Path) -> Any:
@@ -49,14 +49,18 @@ def load_manifest(model: pathlib.Path, format: str, store: pathlib.Path) -> Any:
     return SimpleNamespace(**{**fields, "tensors": tensors, "assets": (), "host": ""})
 
 
-def run_closed_loop(engine: Engine, conversations: Sequence[Sequence[Mapping[str, Any]]], streams: int, *, use_cache: bool = True) -> dict[str, Any]:
+def run_closed_loop(
+    engine: Engine, conversations: Sequence[Sequence[Mapping[str, Any]]], streams: int, *, use_cache: bool = True, want_tokens: bool = False
+) -> dict[str, Any]:
     """`streams` callers at once, each with its next request as soon as its last one ended; greedy, exactly `max_tokens` tokens each.
 
-    Returns the fields of `plugmesh.bench.metrics.Record` per request, the wall time and this process's CPU time.
+    Returns the fields of `plugmesh.bench.metrics.Record` per request, the wall time and this process's CPU time; with `want_tokens` also each
+    request's tokens, in the order in which the requests ended.
     """
     waiting = iter([iter(c) for c in conversations])
     live: dict[str, _Live] = {}
     records: list[dict[str, Any]] = []
+    tokens: list[list[int]] = []
     names = itertools.count()
 
     def send(turns: Iterator[Mapping[str, Any]]) -> bool:
@@ -68,7 +72,7 @@ def run_closed_loop(engine: Engine, conversations: Sequence[Sequence[Mapping[str
         name = f"bench-{next(names)}"
         sent = time.perf_counter()
         engine.add(EngineRequest(name, prompt, sampling, use_prefix_cache=use_cache))
-        live[name] = _Live(turns, len(prompt), call["max_tokens"], sent, [])
+        live[name] = _Live(turns, len(prompt), call["max_tokens"], sent, [], [])
         return True
 
     def send_next() -> None:
@@ -80,16 +84,18 @@ def run_closed_loop(engine: Engine, conversations: Sequence[Sequence[Mapping[str
     try:
         for _ in range(streams):
             send_next()
-        _drain(engine, live, records, send, send_next)
+        _drain(engine, live, records, tokens, send, send_next)
     finally:
         for name in list(live):  # only after an error
             engine.cancel(name)
-    return {"records": records, "wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu}
+    done = {"records": records, "wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu}
+    return {**done, "tokens": tokens} if want_tokens else done
 
 
 def _drain(
-    engine: Engine, live: dict[str, _Live], records: list[dict[str, Any]], send: Callable[[Iterator[Mapping[str, Any]]], bool], send_next: Callable[[], None]
-) -> None:
+    engine: Engine, live: dict[str, _Live], records: list[dict[str, Any]], tokens: list[list[int]],
+    send: Callable[[Iterator[Mapping[str, Any]]], bool], send_next: Callable[[], None],
+) -> None:  # fmt: skip
     """Steps until nothing lives."""
     while live:
         out = engine.step()
@@ -98,10 +104,11 @@ def _drain(
             request = live[event.request_id]
             if event.tokens:
                 request.times.append(now)
-                request.num_out += len(event.tokens)
+                request.tokens.extend(t.token_id for t in event.tokens)
             if not event.request_done:
                 continue
             del live[event.request_id]
+            tokens.append(request.tokens)
             usage = event.usage
             records.append({
                 "sent_s": request.sent_s, "times_s": request.times, "num_prompt": usage.prompt_tokens if usage else 0,
@@ -153,7 +160,7 @@ def main() -> int:
     for line in sys.stdin:
         ask = json.loads(line)
         try:
-            answer = run_closed_loop(engine, ask["conversations"], ask["streams"], use_cache=ask.get("use_cache", True))
+            answer = run_closed_loop(engine, ask["conversations"], ask["streams"], use_cache=ask.get("use_cache", True), want_tokens=ask.get("want_tokens", False))
         except PlugmeshError as e:  # a request that the engine refuses, such as one beyond the model's context
             answer = {"error": e.message}
         answers.write(json.dumps(answer) + "\n")

@@ -67,6 +67,20 @@ def write_hf_folder(gguf_path: pathlib.Path, folder: pathlib.Path) -> pathlib.Pa
     return folder
 
 
+def tokenizer_of(gguf_path: pathlib.Path) -> Any:
+    """A `tokenizers.Tokenizer` of the file's vocabulary; None where a package is missing or the vocabulary is of another kind."""
+    try:
+        import gguf
+        import tokenizers
+    except ImportError:
+        return None
+    try:
+        fields = {name: field.contents() for name, field in gguf.GGUFReader(str(gguf_path)).fields.items() if name.startswith("tokenizer.")}
+    except (OSError, ValueError):
+        return None
+    return tokenizers.Tokenizer.from_str(json.dumps(_tokenizer(fields))) if fields.get("tokenizer.ggml.model") == "gpt2" else None
+
+
 def _write_safetensors(tensors: dict[str, Any], path: pathlib.Path) -> None:
     # By hand: numpy has no bfloat16, so the package's own numpy writer has none either.
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}

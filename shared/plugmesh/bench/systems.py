@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from plugmesh.bench import peers, processes
+from plugmesh.bench.hf_folder import tokenizer_of, write_hf_folder
 from plugmesh.bench.http_client import DIALECTS, Client
 from plugmesh.bench.load import closed_loop
 from plugmesh.bench.metrics import Record, Run
@@ -80,8 +81,18 @@ class EngineSystem:
         ]  # fmt: skip
         self._child = Child(self.name, command, s.folder / "engine.log", {"OMP_NUM_THREADS": str(s.num_threads)}, pipes=True)
         self.facts = (await self._read())["ready"]
+        tokenizer = await asyncio.to_thread(tokenizer_of, s.model)
+        if tokenizer is not None:
+            answer = await self._ask({"conversations": [[{"prompt": tokenizer.encode(_QUESTION).ids, "max_tokens": 4}]], "streams": 1, "want_tokens": True})
+            check_text(tokenizer.decode(answer["tokens"][0]))
         self._child.pause()
-        return {**self.facts, "verified": None}
+        return {**self.facts, "verified": True if tokenizer is not None else None}
+
+    async def _ask(self, ask: dict[str, Any]) -> dict[str, Any]:
+        assert self._child is not None and self._child.process.stdin is not None
+        self._child.process.stdin.write(json.dumps(ask).encode() + b"\n")
+        self._child.process.stdin.flush()
+        return await self._read()
 
     async def _read(self) -> dict[str, Any]:
         child = self._child
@@ -96,16 +107,14 @@ class EngineSystem:
 
     async def run(self, conversations: Sequence[Conversation], streams: int, profile: Profile, *, use_cache: bool) -> Run:
         child = self._child
-        assert child is not None and child.process.stdin is not None
+        assert child is not None
         ask = {
             "conversations": [[{"prompt": c.prompt, "max_tokens": c.max_tokens} for c in conversation] for conversation in conversations],
             "streams": streams, "use_cache": use_cache,
         }  # fmt: skip
         child.resume()
         try:
-            child.process.stdin.write(json.dumps(ask).encode() + b"\n")
-            child.process.stdin.flush()
-            answer = await self._read()
+            answer = await self._ask(ask)
         finally:
             child.pause()
         records = tuple(Record(**{**r, "times_s": tuple(r["times_s"])}) for r in answer["records"])
@@ -178,8 +187,6 @@ class PeerSystem(HttpSystem):
             raise FailedPrecondition(missing)
         model = setting.model
         if self.peer.reads == "hf":
-            from plugmesh.bench.hf_folder import write_hf_folder
-
             model = await asyncio.to_thread(write_hf_folder, setting.model, peers.peers_dir(cache) / "models" / f"{setting.model.stem}-bf16")
         commands = {}
         for profile in (SINGLE, BATCH) if self.peer.has_profiles else (BATCH,):
@@ -213,7 +220,11 @@ class MeshSystem(HttpSystem):
         s = self._setting
         folder = s.folder / "mesh"
         folder.mkdir(parents=True, exist_ok=True)
-        config = {**self._config, "mesh": {"model": str(s.model), "log_level": "warning", **self._config.get("mesh", {})}}
+        engine = {"executor": s.executor, "kv_dtype": s.kv_dtype, "num_threads": s.threads}
+        config = {
+            "mesh": {"model": str(s.model), "log_level": "warning", **self._config.get("mesh", {})},
+            "services": {"decode": dict(engine), "prefill": dict(engine), **self._config.get("services", {})},
+        }
         self._cluster = Cluster(folder, config)
         try:
             await asyncio.to_thread(self._cluster.start, 300.0)
@@ -265,8 +276,13 @@ async def check_answer(base_url: str, model: str, api_key: str = "") -> None:
         text = answer["choices"][0]["text"]
     except (OSError, ValueError, LookupError, TypeError) as e:
         raise Unavailable(f"{base_url} does not answer a prompt: {type(e).__name__}: {e}") from e
+    check_text(text)
+
+
+def check_text(text: str) -> None:
+    """Raises FailedPrecondition when this is no right answer to `_QUESTION`."""
     if "Paris" not in text:
-        raise FailedPrecondition("asked for the capital of France, it does not name Paris: the model is not the one it should be")
+        raise FailedPrecondition("asked for the capital of France, it does not name Paris: weights, kernels or tokenizer are wrong")
 
 
 def _ask(base_url: str, path: str, body: dict[str, Any] | None, api_key: str) -> Any:

@@ -35,6 +35,15 @@ def test_every_request_has_the_length_asked_for(engine):
     assert 0 == engine.stats().kv_blocks_used
 
 
+def test_tokens_come_when_asked_for(engine):
+    prompt = calls((9, 6))
+    done = run_closed_loop(engine, [prompt, prompt], 1, want_tokens=True)
+
+    assert [6, 6] == [len(t) for t in done["tokens"]]
+    assert done["tokens"][0] == done["tokens"][1]
+    assert "tokens" not in run_closed_loop(engine, [prompt], 1)
+
+
 @pytest.mark.parametrize("streams", [1, 3])
 def test_there_are_never_more_requests_at_once_than_streams(engine, streams):
     done = run_closed_loop(engine, [calls((6, 5)) for _ in range(7)], streams)

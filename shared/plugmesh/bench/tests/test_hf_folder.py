@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from plugmesh import models
-from plugmesh.bench.hf_folder import _half_order, to_bfloat16, write_hf_folder
+from plugmesh.bench.hf_folder import _half_order, to_bfloat16, tokenizer_of, write_hf_folder
 from plugmesh.errors import FailedPrecondition
 
 HEADS, DIM, HIDDEN, FF, VOCAB = 2, 8, 16, 24, 12
@@ -112,14 +112,10 @@ def test_other_architectures_are_refused(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.model
-def test_the_default_models_tokenizer_gives_its_own_ids(tmp_path):
-    tokenizers = pytest.importorskip("tokenizers")
-    from plugmesh.bench.hf_folder import _tokenizer
-
-    gguf = pytest.importorskip("gguf")
-    path = models.find("smollm2")
-    fields = {n: f.contents() for n, f in gguf.GGUFReader(str(path)).fields.items() if n.startswith("tokenizer.")}
-    made = tokenizers.Tokenizer.from_str(json.dumps(_tokenizer(fields)))
+def test_the_default_models_tokenizer_gives_its_own_ids():
+    pytest.importorskip("tokenizers")
+    pytest.importorskip("gguf")
+    made = tokenizer_of(models.find("smollm2"))
 
     assert [504, 3575, 282, 4649, 314] == made.encode("The capital of France is").ids
     assert [1, 9690, 198] == made.encode("<|im_start|>system\n").ids

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import xml.etree.ElementTree as ET
 
@@ -48,25 +49,14 @@ def measure(name: str = "batch_32", **options) -> Measure:
 async def compared(tmp_path, **servers: TinyServer):
     """A report of three rounds over these systems and a peer that is not installed, and the order of the runs."""
     order: list[str] = []
-    async with contextlib_all(servers.values()):
+    async with contextlib.AsyncExitStack() as stack:
+        for server in servers.values():
+            await stack.enter_async_context(serving(server))
         systems = [TinySystem(name, server, order) for name, server in servers.items()]
         missing = PeerSystem(PEERS["llama.cpp"], Setting(tmp_path / "model.gguf", tmp_path, cache_dir=tmp_path))
         told: list[str] = []
         report = await run_rounds([*systems, missing], [measure()], num_rounds=3, seed=1, kind="peers", bandwidth=False, progress=Progress(say=told.append))
     return report, order, told
-
-
-class contextlib_all:  # noqa: N801 - reads like contextlib's own
-    def __init__(self, servers):
-        self._contexts = [serving(s) for s in servers]
-
-    async def __aenter__(self):
-        for c in self._contexts:
-            await c.__aenter__()
-
-    async def __aexit__(self, *error):
-        for c in self._contexts:
-            await c.__aexit__(*error)
 
 
 async def test_systems_take_turns_on_the_same_prompts_and_the_ratio_pairs_the_rounds(tmp_path):

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import itertools
-import os.path
 import statistics
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from plugmesh.bench.workloads import NOT_YET, WORKLOADS, Shape, arrivals, long_context, make, multi_turn, prefix_tree, random_prompts
+from plugmesh.bench.workloads import (
+    NOT_YET,
+    WORKLOADS,
+    Shape,
+    arrivals,
+    long_context,
+    make,
+    multi_turn,
+    prefix_tree,
+    random_prompts,
+)
 from plugmesh.errors import FailedPrecondition, InvalidRequest
 
 shapes = st.builds(
@@ -20,7 +29,7 @@ shapes = st.builds(
 
 
 def common(a: tuple[int, ...], b: tuple[int, ...]) -> int:
-    return len(os.path.commonprefix([a, b]))
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 @settings(max_examples=40, deadline=None)
