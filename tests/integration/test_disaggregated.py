@@ -23,6 +23,7 @@ from plugmesh.wire import layout_to_pb, sampling_to_pb
 from plugmesh_decode import config as decode_config
 from plugmesh_decode import service as decode_service
 from plugmesh_engine import EngineConfig, EngineRequest, build_engine
+from plugmesh_engine.speculate import Drafter
 from plugmesh_engine.testing import random_weights, run_to_end, tiny_config, write_manifest
 from plugmesh_kvstore import config as kv_config
 from plugmesh_kvstore import service as kv_service
@@ -165,6 +166,27 @@ async def test_a_prompt_computed_elsewhere_gives_the_tokens_of_a_single_engine(r
     assert n == rows[-1].usage.prompt_tokens
     stats = await rig.decode.service.generator.driver.call(lambda e: e.stats())
     assert n <= stats.num_imported_tokens + 1 + stats.prefix_hit_tokens  # its KV really came from there
+
+
+async def test_drafted_tokens_leave_several_at_a_time_and_are_those_of_a_single_engine(rig, monkeypatch):
+    """A draft method that knows the answer, and one wrong token behind it."""
+    want = rig.alone(prompt(40), max_tokens=30)
+
+    class Known:
+        def propose(self, views, num_prompt_rows):
+            return [[*want[0][(done := len(v.tokens) - v.num_prompt_tokens) : done + 4], 1] for v in views]
+
+        def observe(self, outcome): ...
+
+    engine = rig.decode.service._engine
+    monkeypatch.setattr(engine, "_drafter", Drafter(Known(), "known", max_tokens=8, max_model_len=512, vocab_size=CONFIG.vocab_size))
+    for remote in (True, False):
+        rows = await rig.generate(rig.request(f"r{remote}", prompt(40), remote=remote, max_tokens=30))
+
+        assert want == tokens(rows)
+        assert max(len(r.tokens) for r in rows) == 5
+        assert 30 == rows[-1].usage.completion_tokens
+    assert engine.stats().num_draft_tokens > engine.stats().num_draft_tokens_accepted > 30
 
 
 async def test_seeded_sampling_penalties_and_n_survive_the_hand_over(rig):
