@@ -22,7 +22,7 @@ constexpr float NEG_INF = -__builtin_inff();
 struct Tile {
   const uint8_t* k[TILE_BLOCKS];
   const uint8_t* v[TILE_BLOCKS];  // bf16 token pairs, as in memory or decoded
-  const uint8_t* next_k[TILE_BLOCKS];
+  const uint8_t* next_k[TILE_BLOCKS];  // fetched ahead, into L2: L1's few miss buffers would stall the dot products
   const uint8_t* next_v[TILE_BLOCKS];
   const float* k_scale[TILE_BLOCKS];  // int8 only
   const float* v_scale[TILE_BLOCKS];
@@ -54,8 +54,8 @@ static inline void tile_scores(const Tile& t, const uint8_t* q, size_t q_stride,
       if constexpr (PREFETCH) {
 #pragma GCC unroll 4
         for (int b = 0; b < TILE_BLOCKS; ++b) {
-          _mm_prefetch(reinterpret_cast<const char*>(t.next_k[b] + 64 * s), _MM_HINT_T0);
-          _mm_prefetch(reinterpret_cast<const char*>(t.next_v[b] + 64 * s), _MM_HINT_T0);
+          _mm_prefetch(reinterpret_cast<const char*>(t.next_k[b] + 64 * s), _MM_HINT_T1);
+          _mm_prefetch(reinterpret_cast<const char*>(t.next_v[b] + 64 * s), _MM_HINT_T1);
         }
       }
 #pragma GCC unroll 6
@@ -81,8 +81,8 @@ static inline void tile_scores(const Tile& t, const uint8_t* q, size_t q_stride,
       if constexpr (PREFETCH) {
 #pragma GCC unroll 4
         for (int b = 0; b < TILE_BLOCKS; ++b) {
-          _mm_prefetch(reinterpret_cast<const char*>(t.next_k[b] + 64 * s), _MM_HINT_T0);
-          _mm_prefetch(reinterpret_cast<const char*>(t.next_v[b] + 64 * s), _MM_HINT_T0);
+          _mm_prefetch(reinterpret_cast<const char*>(t.next_k[b] + 64 * s), _MM_HINT_T1);
+          _mm_prefetch(reinterpret_cast<const char*>(t.next_v[b] + 64 * s), _MM_HINT_T1);
         }
       }
 #pragma GCC unroll 6
