@@ -66,7 +66,8 @@ def lines(series: Mapping[str, Sequence[tuple[float, float]]], x_label: str, y_l
                 path += (f"L{at(x, before)}" if step else "") + f"L{at(x, y)}"
             parts.append(f'<path class="curve" stroke="{ink}" d="{path}"/>')
         if len(clean) > 1:
-            parts.append(f'<rect x="{left + i * 110}" y="4" width="10" height="10" fill="{ink}"/><text class="tick" x="{left + i * 110 + 15}" y="13">{escape(name)}</text>')
+            at_x = left + i * (width - left) // len(clean)
+            parts.append(f'<rect x="{at_x}" y="4" width="10" height="10" fill="{ink}"/><text class="tick" x="{at_x + 15}" y="13">{escape(name)}</text>')
     return "".join(parts) + "</svg>"
 
 
