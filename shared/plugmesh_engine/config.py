@@ -66,8 +66,8 @@ def resolve_executor(config: EngineConfig, architecture: str = "llama") -> str:
 
 
 def weight_format(config: EngineConfig, architecture: str = "llama") -> str:
-    """The format to ask the weightstore for: "native" for the native executor, else the dtype."""
-    return "native" if resolve_executor(config, architecture) == "native" else config.dtype
+    """The format to ask the weightstore for: "native" for the executors that multiply by packed weights, else the dtype."""
+    return config.dtype if resolve_executor(config, architecture) == "torch" else "native"
 
 
 def _why_not_native(config: EngineConfig, architecture: str) -> str:

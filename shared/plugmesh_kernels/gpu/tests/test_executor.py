@@ -112,10 +112,13 @@ def test_a_decode_row_is_the_same_to_the_bit_alone_drafted_and_in_company(device
     x = executor(manifest, device)
     x.run([Rows(a[:26], 0, [1, 2]), Rows(b[:20], 0, [3, 4])])
     alone = np.concatenate([x.run([Rows([a[i]], i, [1, 2], 1, True)]).logits for i in range(26, 30)])
-    drafted = x.run([Rows(b[20:21], 20, [3, 4], 1, False), Rows(a[26:30], 26, [1, 2], 4, True)])
+    other = x.run([Rows([b[20]], 20, [3, 4], 1, True)]).logits  # in the place of the table where the other sequence was
+    again = x.run([Rows([a[29]], 29, [1, 2], 1, True)]).logits
+    drafted = x.run([Rows(b[20:21], 20, [3, 4], 1, True), Rows(a[26:30], 26, [1, 2], 4, True)])
     mixed = x.run([Rows(a[26:30], 26, [1, 2], 4, True), Rows(b[:20], 0, [5, 6], 1, False)])
 
-    assert np.array_equal(drafted.logits, alone) and np.array_equal(mixed.logits, alone)
+    assert np.array_equal(again[0], alone[3]) and np.array_equal(drafted.logits[0], other[0])
+    assert np.array_equal(drafted.logits[1:], alone) and np.array_equal(mixed.logits, alone)
     assert drafted.best[1:].tolist() == alone.argmax(1).tolist() == mixed.best[:4].tolist()
 
 

@@ -182,12 +182,13 @@ def test_rotation_and_append(device: str, rows: int, kv_heads: int, group: int, 
     cos, sin = randn(50, dim // 2, device=device, seed=1), randn(50, dim // 2, device=device, seed=2)
     positions = torch.tensor([0, 49, 17, 33][:rows], dtype=torch.int32, device=device)
     blocks = torch.tensor([2, 1, -1, 4][:rows], dtype=torch.int32, device=device)
-    pools = [torch.full((5, 2, 2, 16, kv_heads, dim), 3.0, dtype=dtype, device=device) for _ in range(2)]
+    memory = [torch.full((6, 2, 2, 16, kv_heads, dim), 3.0, dtype=dtype, device=device) for _ in range(2)]
+    pools = [m[1:] for m in memory]  # what a block of -1 would hit is in front of them
     actual = rope.rope_append(qkv, heads, pools[0], 1, cos, sin, positions, blocks, interleaved)
     wanted = rope.rope_append_reference(qkv, heads, pools[1], 1, cos, sin, positions, blocks, interleaved)
 
     assert close(actual, wanted) and close(pools[0], pools[1])
-    assert bool((pools[0][[0, 3]] == 3).all()), "the row without a block was stored"
+    assert bool((memory[0][[0, 1, 4]] == 3).all()), "the row without a block was stored"
 
 
 @pytest.mark.parametrize("n", [1, 4096, 4100, 9000])
