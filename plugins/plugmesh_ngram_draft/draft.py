@@ -21,6 +21,7 @@ MATCH_CLASSES = (4, 8)  # matches of up to 3, 7 and more tokens are trusted diff
 FORGET = 0.93  # weight of a trial after the next one
 PRIOR_TRIALS = 4.0  # a sequence's own record counts for more than the engine's after so many
 FIRST_HITS, FIRST_TRIALS = 0.8, 4.0  # the engine's record before it has one: doubtful, since a wrong guess costs and evidence is free
+HOPE_TOKENS, FORGET_HOPE = 8.0, 0.97  # how soon, and for how long, drafts that bring less than was expected of them count
 
 
 class Record:
@@ -68,15 +69,18 @@ class NgramDraft:
         self._max_tokens = max_tokens
         self._min_gain = min_gain
         self._all = Record(FIRST_HITS, FIRST_TRIALS)
+        self._hoped, self._got = HOPE_TOKENS, HOPE_TOKENS  # tokens expected of what was drafted, and accepted, lately
+        self._hope = 0.0  # of the step in progress
 
     def propose(self, views: Sequence[DraftView], num_prompt_rows: int) -> list[list[int]]:
         drafts: list[list[int]] = [[] for _ in views]
+        self._hope = 0.0
         if not self._can_pay(len(views)):
             return drafts
         gains: list[tuple[float, int]] = []  # expected tokens of one more drafted row, and whose it is
         for i, v in enumerate(views):
             p = self._guess(v)
-            gain = 1.0
+            gain = min(1.0, self._got / self._hoped)
             for _ in range(min(len(v.memo.guess), v.max_draft_tokens)):
                 gain *= p
                 if gain < 0.02:
@@ -85,11 +89,17 @@ class NgramDraft:
         if not gains or num_prompt_rows:  # beside a prompt, a stream waits for the prompt anyway, and the prompt would wait for the drafts
             return drafts
         gains.sort(key=lambda item: -item[0])
-        for _, i in gains[: self._best_number(len(views), gains)]:
+        chosen = gains[: self._best_number(len(views), gains)]
+        for _, i in chosen:
             drafts[i].append(0)
+        self._hope = sum(gain for gain, _ in chosen) / min(1.0, self._got / self._hoped)
         return [v.memo.guess[: len(d)] if d else d for v, d in zip(views, drafts, strict=True)]
 
     def observe(self, outcome: DraftOutcome) -> None:
+        if any(outcome.num_drafted):
+            # What looks best among many guesses is on average a little worse than it looks.
+            self._hoped = self._hoped * FORGET_HOPE + self._hope
+            self._got = self._got * FORGET_HOPE + sum(outcome.num_accepted)
         if not outcome.num_prompt_rows:
             self.cost.learn(outcome.num_rows, drafted=any(outcome.num_drafted), ms=outcome.step_ms)
 
