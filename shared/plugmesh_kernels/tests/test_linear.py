@@ -168,8 +168,8 @@ def test_rows_of_y_may_be_further_apart_and_nothing_else_is_written(isa: str, ty
 
 @each_isa
 @each_type
-@pytest.mark.parametrize(("t", "n", "k"), [(70, 20, 16384), (5, 20, 16384), (1, 5000, 64), (67, 1100, 576)])
-def test_sizes_beyond_one_tile_or_chunk(isa: str, type_: int, t: int, n: int, k: int) -> None:
+@pytest.mark.parametrize(("t", "n", "k"), [(70, 20, 16384), (5, 20, 16384), (1, 5000, 64), (67, 1100, 576), (5, 20, 0)])
+def test_sizes_beyond_one_tile_or_chunk_and_no_columns(isa: str, type_: int, t: int, n: int, k: int) -> None:
     rng = np.random.default_rng(4)
     weight, x = Weight(rng, type_, n, k), rows(rng, t, k)
 
