@@ -61,7 +61,8 @@ def print_report(console: Console, report: dict[str, Any]) -> None:
         else:
             console.print(f"  [red]○[/] {name}: [red]not measured[/]: {escape(system['reason'][:300])}")
     names = [n for n, s in report["systems"].items() if s["state"] == "measured"]
-    table = Table(title=f"median of {report['num_rounds']} rounds (lowest - highest)", title_justify="left")
+    rounds = "one quick round; these figures mean nothing" if report.get("is_quick") else f"median of {report['num_rounds']} rounds (lowest - highest)"
+    table = Table(title=rounds, title_justify="left")
     table.add_column("measure")
     table.add_column("figure", style="dim")
     for name in names:
