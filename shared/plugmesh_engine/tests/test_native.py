@@ -75,7 +75,7 @@ def native_model(kind: str, **changes):
 
 
 def executor(model, **changes):
-    return model.build_executor(EngineConfig(**{"executor": "native", "num_blocks": 200, "num_threads": 2} | changes))
+    return model.build_executor(EngineConfig(**{"executor": "native", "num_blocks": 340, "num_threads": 2} | changes))
 
 
 def run_alone(e, tokens: list[int], chunks: list[int], first_block: int = 1) -> np.ndarray:
@@ -275,7 +275,7 @@ def test_functions_from_outside_take_a_layers_place():
     [
         (Rows([211], 0, [1], 1), "token id"),
         (Rows([-1], 0, [1], 1), "token id"),
-        (Rows([1], 0, [201], 1), "block"),
+        (Rows([1], 0, [341], 1), "block"),
         (Rows([1] * 17, 0, [1], 1), "too few blocks"),
         (Rows([1], 1400, [1] * 100, 1), "context"),
     ],

@@ -219,8 +219,8 @@ void Executor::plan_attention() {
       }
     }
   }
-  std::sort(units_.begin(), units_.end(), [](const AttentionUnit& a, const AttentionUnit& b) {  // the dearest first, so that the ends meet
-    return a.cost != b.cost ? a.cost > b.cost : std::tie(a.sequence, a.kv_head, a.row0, a.split0) < std::tie(b.sequence, b.kv_head, b.row0, b.split0);
+  std::sort(units_.begin(), units_.end(), [](const AttentionUnit& a, const AttentionUnit& b) {  // the dearest first, so that the ends meet; heads of the same keys in turn: they lie together
+    return a.cost != b.cost ? a.cost > b.cost : std::tie(a.sequence, a.split0, a.row0, a.kv_head) < std::tie(b.sequence, b.split0, b.row0, b.kv_head);
   });
   if (partial_max_.size() < size_t(partials)) {
     partial_max_.resize(partials);
