@@ -9,6 +9,7 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "bind.h"
 #include "cpu.h"
@@ -48,18 +49,26 @@ struct Encoded {
   Array<int32_t> init;
   Array<uint16_t> bf16;
   Array<float> f32;
+  std::vector<pm::QuantPiece> pieces;
 
   Encoded(const std::string& isa, const Array<float>& x) {
     if (x.ndim() != 2) throw std::invalid_argument("x: (tokens, k)");
     const pm::LinearKernels* kernels = pm::kernels_for(isa).linear;
     t = static_cast<int>(x.shape(0)), k = static_cast<int>(x.shape(1)), kp = pm::round_up(k, pm::INPUT_GROUP);
-    const int pieces = kp / pm::INPUT_GROUP;
-    q = Array<int8_t>({t, kp}), scale = Array<float>({t, pieces}), sum = Array<float>({t, 2 * pieces});
-    init = Array<int32_t>({t, 2 * pieces}), bf16 = Array<uint16_t>({t, kp}), f32 = Array<float>({t, kp});
+    const ssize_t count = kp / pm::INPUT_GROUP;
+    pieces.resize(static_cast<size_t>(count * t));
+    q = Array<int8_t>({t, kp}), scale = Array<float>({ssize_t(t), count}), sum = Array<float>({ssize_t(t), 2 * count});
+    init = Array<int32_t>({ssize_t(t), 2 * count}), bf16 = Array<uint16_t>({t, kp}), f32 = Array<float>({t, kp});
     for (ssize_t i = 0; i < t; ++i) {
       const float* row = x.data() + i * k;
-      kernels->quantize_row(row, k, kp, q.mutable_data() + i * kp, scale.mutable_data() + i * pieces, sum.mutable_data() + 2 * i * pieces,
-                            init.mutable_data() + 2 * i * pieces);
+      kernels->quantize_row(row, k, pieces.data() + i, static_cast<size_t>(t));
+      for (ssize_t p = 0; p < count; ++p) {
+        const pm::QuantPiece& piece = pieces[static_cast<size_t>(p * t + i)];
+        std::copy(piece.q, piece.q + pm::INPUT_GROUP, q.mutable_data() + i * kp + p * pm::INPUT_GROUP);
+        scale.mutable_data()[i * count + p] = piece.scale;
+        std::copy(piece.sum, piece.sum + 2, sum.mutable_data() + 2 * (i * count + p));
+        std::copy(piece.init, piece.init + 2, init.mutable_data() + 2 * (i * count + p));
+      }
       kernels->to_bf16_row(row, k, kp, bf16.mutable_data() + i * kp);
       float* out = f32.mutable_data() + i * kp;
       std::fill(std::copy(row, row + k, out), out + kp, 0.0f);
@@ -67,7 +76,7 @@ struct Encoded {
   }
 
   pm::Input input() {
-    return {t, k, q.mutable_data(), scale.mutable_data(), sum.mutable_data(), init.mutable_data(), bf16.mutable_data(), f32.mutable_data()};
+    return {t, k, pieces.data(), static_cast<size_t>(t), bf16.mutable_data(), f32.mutable_data()};
   }
 };
 

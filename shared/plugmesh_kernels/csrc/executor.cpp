@@ -43,8 +43,7 @@ void Executor::InputBuffer::resize(int t) {
     total += (bytes + 63) / 64 * 64;
     return at;
   };
-  const size_t at_q = piece(q8 ? rows * kp : 0), at_scale = piece(q8 ? rows * (kp / INPUT_GROUP) * 4 : 0);
-  const size_t at_sum = piece(q8 ? rows * (kp / GROUP) * 4 : 0), at_init = piece(q8 ? rows * (kp / GROUP) * 4 : 0);
+  const size_t at_pieces = piece(q8 ? rows * (kp / INPUT_GROUP) * sizeof(QuantPiece) : 0);
   const size_t at_bf16 = piece(bf16 ? rows * kp * 2 : 0), at_f32 = piece(f32 ? rows * kp * 4 : 0);
   if (memory.size() < total) memory.resize(total);
   uint8_t* base = memory.data();
@@ -52,10 +51,8 @@ void Executor::InputBuffer::resize(int t) {
   base -= 64;  // offsets start at 64
   view.t = t;
   view.k = k;
-  view.q = q8 ? reinterpret_cast<int8_t*>(base + at_q) : nullptr;
-  view.scale = q8 ? reinterpret_cast<float*>(base + at_scale) : nullptr;
-  view.sum = q8 ? reinterpret_cast<float*>(base + at_sum) : nullptr;
-  view.init = q8 ? reinterpret_cast<int32_t*>(base + at_init) : nullptr;
+  view.pieces = q8 ? reinterpret_cast<QuantPiece*>(base + at_pieces) : nullptr;
+  view.stride = rows;
   view.bf16 = bf16 ? reinterpret_cast<uint16_t*>(base + at_bf16) : nullptr;
   view.f32 = f32 ? reinterpret_cast<float*>(base + at_f32) : nullptr;
 }
@@ -64,12 +61,7 @@ Input Executor::InputBuffer::rows(int first, int num) const {
   Input part = view;
   const size_t kp = view.kp(), row = first;
   part.t = num;
-  if (part.q) {
-    part.q += row * kp;
-    part.scale += row * (kp / INPUT_GROUP);
-    part.sum += row * (kp / GROUP);
-    part.init += row * (kp / GROUP);
-  }
+  if (part.pieces) part.pieces += row;
   if (part.bf16) part.bf16 += row * kp;
   if (part.f32) part.f32 += row * kp;
   return part;
@@ -78,11 +70,7 @@ Input Executor::InputBuffer::rows(int first, int num) const {
 // Encodes k floats at column `first` (a multiple of 64) of a row; the rest of the last piece becomes zero.
 static void encode(const LinearKernels* kernels, const float* x, int first, int k, const Input& to, int row) {
   const int kp = to.kp(), width = round_up(k, INPUT_GROUP);
-  if (to.q) {
-    const size_t group = size_t(row) * (kp / GROUP) + first / GROUP;
-    kernels->quantize_row(x, k, width, to.q + size_t(row) * kp + first, to.scale + size_t(row) * (kp / INPUT_GROUP) + first / INPUT_GROUP, to.sum + group,
-                          to.init + group);
-  }
+  if (to.pieces) kernels->quantize_row(x, k, to.pieces + size_t(first / INPUT_GROUP) * to.stride + row, to.stride);
   if (to.bf16) kernels->to_bf16_row(x, k, width, to.bf16 + size_t(row) * kp + first);
   if (to.f32) {
     float* out = to.f32 + size_t(row) * kp + first;

@@ -49,16 +49,22 @@ struct Weight {
   size_t row_block_bytes() const { return size_t(kp() / INPUT_GROUP) * piece_bytes(); }
 };
 
-// T rows of activations in the encodings that the weights on them want. Row strides are kp (elements), kp/64 and kp/32. Padding beyond k is zero.
-//   integer (Q4_1, Q8_0): x ~= scale[piece] * q; scale = max|x| / 127 over 64 values, q rounded to nearest even. A piece with a NaN or infinity gets
-//   scale NaN and q = 0. sum[group of 32] = sum of q, as float; init[group of 32] = -128 * that sum, as int32.
+// 64 activations of one row as integers, with all that a product with them needs: x ~= scale * q; scale = max|x| / 127, q rounded to nearest even. With a
+// NaN or infinity among them scale is NaN and q = 0; when all are below 1e-30 both are 0.
+struct QuantPiece {
+  int8_t q[INPUT_GROUP];
+  float scale;
+  float sum[2];     // of q, per group of 32
+  int32_t init[2];  // -128 * that sum
+};
+static_assert(sizeof(QuantPiece) == 84, "no padding");
+
+// T rows of activations in the encodings that the weights on them want. Padding beyond k is zero.
 struct Input {
   int t, k;
-  int8_t* q;
-  float* scale;
-  float* sum;
-  int32_t* init;
-  uint16_t* bf16;  // round to nearest even, NaN stays NaN
+  QuantPiece* pieces;  // Q4_1, Q8_0: piece p of row t at p * stride + t, so that the tokens of a piece lie together
+  size_t stride;       // rows of the whole buffer
+  uint16_t* bf16;  // row stride kp; round to nearest even, NaN stays NaN
   float* f32;      // row stride kp as well
   int kp() const { return round_up(k, INPUT_GROUP); }
 };
@@ -94,8 +100,8 @@ struct SequenceRows {
 // ---- linear.* --------------------------------------------------------------------------------------------------------------------------------------
 struct LinearKernels {
   const char* isa;
-  // Fill one row of an Input (all kp elements, padding included) from k floats.
-  void (*quantize_row)(const float* x, int k, int kp, int8_t* q, float* scale, float* sum, int32_t* init);
+  // Fill one row of an Input (or a part of it that starts at a multiple of 64), padding included, from k floats.
+  void (*quantize_row)(const float* x, int k, QuantPiece* to, size_t stride);
   void (*to_bf16_row)(const float* x, int k, int kp, uint16_t* out);
   // y[t * ldy + n] = (or +=, with add) sum_k x[t][k] w[n][k] + bias[n], for all rows t of x and n in [16 * block0, min(16 * block1, N)).
   // Reads the encoding of x that the weight's type wants. `scratch` has scratch_bytes(w) bytes, 64-byte aligned, one per thread.

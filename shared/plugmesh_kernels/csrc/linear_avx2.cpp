@@ -31,10 +31,10 @@ struct Q4 {
     int8_t q[INPUT_GROUP];
     float scale, sum[2];
   };
-  static void pack(const Input& x, size_t index, Token& to) {
-    memcpy(to.q, x.q + index * INPUT_GROUP, sizeof to.q);
-    to.scale = x.scale[index];
-    memcpy(to.sum, x.sum + 2 * index, sizeof to.sum);
+  static void pack(const QuantPiece& x, Token& to) {
+    memcpy(to.q, x.q, sizeof to.q);
+    to.scale = x.scale;
+    memcpy(to.sum, x.sum, sizeof to.sum);
   }
   static PM_INLINE void unpack(const uint8_t* bytes, Piece& to) {
     const __m256i mask = _mm256_set1_epi8(15);
@@ -80,11 +80,11 @@ struct Q8 {
     float scale;
     int32_t init[2];
   };
-  static void pack(const Input& x, size_t index, Token& to) {
-    const int8_t* q = x.q + index * INPUT_GROUP;
+  static void pack(const QuantPiece& x, Token& to) {
+    const int8_t* q = x.q;
     for (int i = 0; i < INPUT_GROUP; i += 4) to.q[i] = q[i], to.q[i + 1] = q[i + 2], to.q[i + 2] = q[i + 1], to.q[i + 3] = q[i + 3];
-    to.scale = x.scale[index];
-    memcpy(to.init, x.init + 2 * index, sizeof to.init);
+    to.scale = x.scale;
+    memcpy(to.init, x.init, sizeof to.init);
   }
   static PM_INLINE void unpack(const uint8_t* bytes, Piece& to) {
     for (int v = 0; v < 16; ++v)

@@ -58,8 +58,8 @@ struct Q4 {
       }
     d0 = load_f16(p), d1 = load_f16(p + 32), m0 = load_f16(p + 64), m1 = load_f16(p + 96);
   }
-  PM_INLINE static __m512i start(const PackedPiece&, int) { return _mm512_setzero_si512(); }
-  PM_INLINE __m512 finish(__m512i i0, __m512i i1, const PackedPiece& x, __m512 acc) const {
+  PM_INLINE static __m512i start(const QuantPiece&, int) { return _mm512_setzero_si512(); }
+  PM_INLINE __m512 finish(__m512i i0, __m512i i1, const QuantPiece& x, __m512 acc) const {
     __m512 part = _mm512_mul_ps(_mm512_cvtepi32_ps(i0), d0);
     part = _mm512_fmadd_ps(m0, _mm512_set1_ps(x.sum[0]), part);
     part = _mm512_fmadd_ps(_mm512_cvtepi32_ps(i1), d1, part);
@@ -77,8 +77,8 @@ struct Q8 {
     for (int v = 0; v < 16; ++v) w[v] = load_i(p + 64 + 64 * v);
     d0 = load_f16(p), d1 = load_f16(p + 32);
   }
-  PM_INLINE static __m512i start(const PackedPiece& x, int g) { return _mm512_set1_epi32(x.init[g]); }
-  PM_INLINE __m512 finish(__m512i i0, __m512i i1, const PackedPiece& x, __m512 acc) const {
+  PM_INLINE static __m512i start(const QuantPiece& x, int g) { return _mm512_set1_epi32(x.init[g]); }
+  PM_INLINE __m512 finish(__m512i i0, __m512i i1, const QuantPiece& x, __m512 acc) const {
     __m512 part = _mm512_mul_ps(_mm512_cvtepi32_ps(i0), d0);
     part = _mm512_fmadd_ps(_mm512_cvtepi32_ps(i1), d1, part);
     return _mm512_fmadd_ps(part, _mm512_set1_ps(x.scale), acc);
@@ -87,7 +87,7 @@ struct Q8 {
 
 // U tokens against a piece in registers.
 template <int U, class Q>
-PM_INLINE void piece_tokens(const Q& q, const PackedPiece* x, __m512* acc) {
+PM_INLINE void piece_tokens(const Q& q, const QuantPiece* x, __m512* acc) {
   __m512i i0[U], i1[U];
   for (int u = 0; u < U; ++u) i0[u] = Q::start(x[u], 0), i1[u] = Q::start(x[u], 1);
   for (int v = 0; v < 8; ++v)
@@ -123,7 +123,7 @@ struct Output {
 // A piece for all tokens of a tile. The first piece starts from zeros, the last (LAST) one's sums go to y instead of acc: passes of their own over acc, and
 // y's cache misses outside the products' shadow, cost 6 % at K = 576.
 template <class Q, bool LAST>
-void piece_tile(const uint8_t* w, const PackedPiece* x, int t, bool first, float* acc, const Output& out, int t0, int rb) {
+void piece_tile(const uint8_t* w, const QuantPiece* x, int t, bool first, float* acc, const Output& out, int t0, int rb) {
   alignas(64) static const float zeros[2 * ROWS] = {};
   const Q q(w);
   const float* from = first ? zeros : acc;
@@ -148,28 +148,8 @@ void piece_tile(const uint8_t* w, const PackedPiece* x, int t, bool first, float
   }
 }
 
-template <class Q>
-void pack_tile(const Input& x, int t0, int t, PackedPiece* out) {
-  const int kp = x.kp(), pieces = kp / INPUT_GROUP;
-  for (int i = 0; i < t; ++i) {
-    const size_t row = static_cast<size_t>(t0 + i);
-    const int8_t* q = x.q + row * kp;
-    for (int p = 0; p < pieces; ++p) {
-      PackedPiece& to = out[static_cast<size_t>(p) * t + i];
-      _mm512_storeu_si512(to.q, _mm512_loadu_si512(q + p * INPUT_GROUP));
-      to.scale = x.scale[row * pieces + p];
-      for (int g = 0; g < 2; ++g) {
-        if (Q::BYTES == Q4::BYTES)
-          to.sum[g] = x.sum[(row * pieces + p) * 2 + g];
-        else
-          to.init[g] = x.init[(row * pieces + p) * 2 + g];
-      }
-    }
-  }
-}
-
 template <class Q, int T>
-void few_tokens(const uint8_t* data, int pieces, const PackedPiece* x, int t0, int block0, int block1, const Output& out) {
+void few_tokens(const uint8_t* data, int pieces, const QuantPiece* x, size_t stride, int t0, int block0, int block1, const Output& out) {
   const uint8_t* w = data + static_cast<size_t>(block0) * pieces * Q::BYTES;
   for (int rb = block0; rb < block1; ++rb) {
     __m512 acc[T];
@@ -178,19 +158,19 @@ void few_tokens(const uint8_t* data, int pieces, const PackedPiece* x, int t0, i
       // The processor's own prefetching does better than ours at this pace; but asking for all lines of the piece at once is faster (Q8_0: 20 %).
       prefetch(w, Q::BYTES);
       const Q q(w);
-      piece_tokens<T>(q, x + static_cast<size_t>(p) * T, acc);
+      piece_tokens<T>(q, x + static_cast<size_t>(p) * stride, acc);
     }
     for (int t = 0; t < T; ++t) out.store(t0 + t, rb, acc[t]);
   }
 }
 
 template <class Q>
-void many_tokens(const uint8_t* data, int pieces, const PackedPiece* x, int t0, int t, int block0, int block1, float* acc, const Output& out) {
+void many_tokens(const uint8_t* data, int pieces, const QuantPiece* x, size_t stride, int t0, int t, int block0, int block1, float* acc, const Output& out) {
   const uint8_t* w = data + static_cast<size_t>(block0) * pieces * Q::BYTES;
   for (int rb = block0; rb < block1; ++rb) {
     for (int p = 0; p < pieces; ++p, w += Q::BYTES) {
       prefetch(w + 2 * Q::BYTES, Q::BYTES);  // a piece takes long enough for the processor to lose the trail
-      const PackedPiece* tokens = x + static_cast<size_t>(p) * t;
+      const QuantPiece* tokens = x + static_cast<size_t>(p) * stride;
       if (p + 1 < pieces)
         piece_tile<Q, false>(w, tokens, t, p == 0, acc, out, t0, rb);
       else
@@ -204,7 +184,6 @@ template <class Q>
 void linear_q(const Weight& w, const Input& x, int block0, int block1, const Output& out, void* scratch) {
   const int pieces = w.kp() / INPUT_GROUP;
   float* acc = static_cast<float*>(scratch);
-  PackedPiece* packed = reinterpret_cast<PackedPiece*>(acc + TILE_TOKENS * ROWS);
   const int per_chunk = blocks_per_chunk(w);
   const int tiles = (x.t + TILE_TOKENS - 1) / TILE_TOKENS;
   const int blocks_at_once = tiles == 1 ? block1 - block0 : per_chunk;
@@ -214,13 +193,13 @@ void linear_q(const Weight& w, const Input& x, int block0, int block1, const Out
       // Tiles of the same size, give or take one.
       const int t0 = static_cast<int>(static_cast<int64_t>(x.t) * tile / tiles);
       const int t = static_cast<int>(static_cast<int64_t>(x.t) * (tile + 1) / tiles) - t0;
-      pack_tile<Q>(x, t0, t, packed);
+      const QuantPiece* tokens = x.pieces + t0;
       switch (t) {
-        case 1: few_tokens<Q, 1>(w.data, pieces, packed, t0, b, end, out); break;
-        case 2: few_tokens<Q, 2>(w.data, pieces, packed, t0, b, end, out); break;
-        case 3: few_tokens<Q, 3>(w.data, pieces, packed, t0, b, end, out); break;
-        case 4: few_tokens<Q, 4>(w.data, pieces, packed, t0, b, end, out); break;
-        default: many_tokens<Q>(w.data, pieces, packed, t0, t, b, end, acc, out);
+        case 1: few_tokens<Q, 1>(w.data, pieces, tokens, x.stride, t0, b, end, out); break;
+        case 2: few_tokens<Q, 2>(w.data, pieces, tokens, x.stride, t0, b, end, out); break;
+        case 3: few_tokens<Q, 3>(w.data, pieces, tokens, x.stride, t0, b, end, out); break;
+        case 4: few_tokens<Q, 4>(w.data, pieces, tokens, x.stride, t0, b, end, out); break;
+        default: many_tokens<Q>(w.data, pieces, tokens, x.stride, t0, t, b, end, acc, out);
       }
     }
   }
@@ -308,8 +287,8 @@ PM_INLINE __m512 load_padded(const float* x, int i, int k) {
   return left <= 0 ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << left) - 1), x + i);
 }
 
-void quantize_row(const float* x, int k, int kp, int8_t* q, float* scale, float* sum, int32_t* init) {
-  for (int p = 0; p < kp / INPUT_GROUP; ++p) {
+void quantize_row(const float* x, int k, QuantPiece* to, size_t stride) {
+  for (int p = 0; p * INPUT_GROUP < k; ++p, to += stride) {
     __m512 v[4];
     __m512i magnitude = _mm512_setzero_si512();
     for (int i = 0; i < 4; ++i) {
@@ -321,19 +300,19 @@ void quantize_row(const float* x, int k, int kp, int8_t* q, float* scale, float*
     float max;
     memcpy(&max, &bits, 4);
     const bool finite = bits < 0x7f800000u, zero = !finite || max < QUANT_TINY;
-    scale[p] = !finite ? __builtin_nanf("") : zero ? 0.0f : max / 127.0f;
+    to->scale = !finite ? __builtin_nanf("") : zero ? 0.0f : max / 127.0f;
     const __m512 inverse = _mm512_set1_ps(zero ? 0.0f : 127.0f / max);
     const __mmask16 keep = zero ? 0 : 0xffff;  // infinity * 0 is not 0
     __m512i sums[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
     for (int i = 0; i < 4; ++i) {
       const __m512i n = _mm512_maskz_cvtps_epi32(keep, _mm512_mul_ps(v[i], inverse));
       sums[i / 2] = _mm512_add_epi32(sums[i / 2], n);
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(q + p * INPUT_GROUP + 16 * i), _mm512_cvtepi32_epi8(n));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to->q + 16 * i), _mm512_cvtepi32_epi8(n));
     }
     for (int g = 0; g < 2; ++g) {
       const int total = _mm512_reduce_add_epi32(sums[g]);
-      sum[2 * p + g] = static_cast<float>(total);
-      init[2 * p + g] = -128 * total;
+      to->sum[g] = static_cast<float>(total);
+      to->init[g] = -128 * total;
     }
   }
 }

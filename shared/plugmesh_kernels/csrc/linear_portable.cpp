@@ -41,10 +41,10 @@ template <int MINIMA>
 struct PlainPiece {
   Floats w[INPUT_GROUP][VECTORS], d[2][VECTORS], m[MINIMA][VECTORS];
 
-  static void pack(const Input& x, size_t index, PlainToken& to) {
-    memcpy(to.q, x.q + index * INPUT_GROUP, sizeof to.q);
-    to.scale = x.scale[index];
-    memcpy(to.sum, x.sum + 2 * index, sizeof to.sum);
+  static void pack(const QuantPiece& x, PlainToken& to) {
+    memcpy(to.q, x.q, sizeof to.q);
+    to.scale = x.scale;
+    memcpy(to.sum, x.sum, sizeof to.sum);
   }
 
   void load_scales(const uint8_t* bytes) {
@@ -76,7 +76,7 @@ struct Q4 {
   static constexpr int BYTES = 640;
   using Piece = PlainPiece<2>;
   using Token = PlainToken;
-  static void pack(const Input& x, size_t index, Token& to) { Piece::pack(x, index, to); }
+  static void pack(const QuantPiece& x, Token& to) { Piece::pack(x, to); }
   static void unpack(const uint8_t* bytes, Piece& to) {
     for (int v = 0; v < 8; ++v)
       for (int h = 0; h < VECTORS; ++h) {
@@ -96,7 +96,7 @@ struct Q8 {
   static constexpr int BYTES = 1088;
   using Piece = PlainPiece<0>;
   using Token = PlainToken;
-  static void pack(const Input& x, size_t index, Token& to) { Piece::pack(x, index, to); }
+  static void pack(const QuantPiece& x, Token& to) { Piece::pack(x, to); }
   static void unpack(const uint8_t* bytes, Piece& to) {
     for (int v = 0; v < 16; ++v)
       for (int h = 0; h < VECTORS; ++h) {
