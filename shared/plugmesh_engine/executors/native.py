@@ -15,16 +15,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import structlog
 
 import plugmesh_kernels
 from plugmesh.errors import ConfigError, DataLoss, FailedPrecondition
 from plugmesh.types import BLOCK_TOKENS, KvLayout, ModelConfig
 from plugmesh_engine.batch import Rows
 from plugmesh_engine.config import EngineConfig
+from plugmesh_engine.executors import shared_weights
 from plugmesh_engine.model.rope import rope_tables
 from plugmesh_engine.seams import ManifestLike, StepResult, TensorLike
 from plugmesh_engine.weights import check_shapes
 from plugmesh_kernels.pack import PIECE_BYTES, packed_num_bytes
+
+log = structlog.get_logger()
 
 SPIN_US = 50
 """How long a worker waits awake for the next step: longer than the engine's own work between two steps, too short to be seen when idle."""
@@ -52,6 +56,7 @@ class NativeModel:
     """A Llama-family model over mapped weights.
 
     Attributes:
+        held: Where the weights lie; see `executors.shared_weights.load`.
         foreign: Functions that take a linear layer's place, by tensor name; see ForeignLinear.
     """
 
@@ -60,6 +65,7 @@ class NativeModel:
     num_mapped_bytes: int
     num_copied_bytes: int
     tensors: Mapping[str, _Packed]
+    held: str = "mapped"
     foreign: Mapping[str, Any] = field(default_factory=dict)
 
     def build_executor(self, config: EngineConfig) -> NativeExecutor:
@@ -67,8 +73,8 @@ class NativeModel:
         return NativeExecutor(self, config)
 
 
-def load(manifest: ManifestLike) -> NativeModel:
-    """Maps a manifest of format "native".
+def load(manifest: ManifestLike, *, large_pages: bool = True) -> NativeModel:
+    """Maps a manifest of format "native", in large pages that the engines of a host share where that is possible.
 
     Raises:
         FailedPrecondition: A tensor is not packed for these kernels.
@@ -78,7 +84,14 @@ def load(manifest: ManifestLike) -> NativeModel:
     files: dict[str, np.ndarray] = {}
     tensors = {entry.name: _map(entry, files) for entry in manifest.tensors}
     check_shapes(config, {name: t.shape for name, t in tensors.items()})
-    return NativeModel(config, manifest.version, sum(t.data.nbytes for t in tensors.values()), 0, tensors)
+    held, raw = "mapped", {name: t.data.view(np.uint8) for name, t in tensors.items()}
+    if large_pages:
+        raw, held = shared_weights.load(plugmesh_kernels.native(), manifest.version, raw)
+        tensors = {n: _Packed(t.dtype, t.shape, raw[n].view(np.float32) if t.dtype == "float32" else raw[n]) for n, t in tensors.items()}
+    num_bytes = sum(r.nbytes for r in raw.values())
+    copied = num_bytes if held == "private" else 0
+    log.info("weights.loaded", held=held, num_bytes=num_bytes)
+    return NativeModel(config, manifest.version, num_bytes - copied, copied, tensors, held)
 
 
 def _map(entry: TensorLike, files: dict[str, np.ndarray]) -> _Packed:
@@ -108,10 +121,7 @@ class NativeKv:
     """
 
     def __init__(self, layout: KvLayout, num_blocks: int, all_finite: Callable[[Sequence[int]], bool]) -> None:
-        memory = mmap.mmap(-1, (num_blocks + 1) * layout.block_bytes)
-        if hasattr(mmap, "MADV_HUGEPAGE"):  # attention streams through it: fewer pages, fewer walks
-            memory.madvise(mmap.MADV_HUGEPAGE)
-        self.storage = np.frombuffer(memory, np.uint8).reshape(num_blocks + 1, layout.block_bytes)
+        self.storage = _zeroed((num_blocks + 1) * layout.block_bytes).reshape(num_blocks + 1, layout.block_bytes)
         self._layout = layout
         self._all_finite = all_finite
 
@@ -148,6 +158,15 @@ class NativeKv:
         data = layers[..., BLOCK_TOKENS * 4 :]
         data[:, 0].reshape(c.num_layers, c.num_kv_heads, -1, BLOCK_TOKENS, 4)[..., num_tokens:, :] = 0
         data[:, 1].reshape(c.num_layers, c.num_kv_heads, BLOCK_TOKENS, -1)[:, :, num_tokens:] = 0
+
+
+def _zeroed(num_bytes: int) -> np.ndarray:
+    """Memory that is committed when touched, in large pages where there are any: attention streams through it."""
+    try:
+        memory: np.ndarray = plugmesh_kernels.native().large_pages(num_bytes)
+        return memory
+    except OSError:
+        return np.zeros(num_bytes, np.uint8)
 
 
 class NativeExecutor:

@@ -17,13 +17,14 @@ namespace avx512 {
 namespace {
 
 constexpr int PAIRS = 6;
+constexpr int MAX_AHEAD = 64;
 constexpr float NEG_INF = -__builtin_inff();
 
 struct Tile {
   const uint8_t* k[TILE_BLOCKS];
   const uint8_t* v[TILE_BLOCKS];  // bf16 token pairs, as in memory or decoded
-  const uint8_t* next_k[TILE_BLOCKS];  // fetched ahead, into L2: L1's few miss buffers would stall the dot products
-  const uint8_t* next_v[TILE_BLOCKS];
+  const uint8_t* ahead[MAX_AHEAD];  // fetched ahead, into L2, a line each per step: L1's few miss buffers would stall the dot products
+  int num_ahead;
   const float* k_scale[TILE_BLOCKS];  // int8 only
   const float* v_scale[TILE_BLOCKS];
 };
@@ -52,11 +53,7 @@ static inline void tile_scores(const Tile& t, const uint8_t* q, size_t q_stride,
       __m512i k[TILE_BLOCKS] = {_mm512_xor_si512(_mm512_loadu_si512(k0 + 64 * s), flip), _mm512_xor_si512(_mm512_loadu_si512(k1 + 64 * s), flip),
                                 _mm512_xor_si512(_mm512_loadu_si512(k2 + 64 * s), flip), _mm512_xor_si512(_mm512_loadu_si512(k3 + 64 * s), flip)};
       if constexpr (PREFETCH) {
-#pragma GCC unroll 4
-        for (int b = 0; b < TILE_BLOCKS; ++b) {
-          _mm_prefetch(reinterpret_cast<const char*>(t.next_k[b] + 64 * s), _MM_HINT_T1);
-          _mm_prefetch(reinterpret_cast<const char*>(t.next_v[b] + 64 * s), _MM_HINT_T1);
-        }
+        for (int i = 0; i < t.num_ahead; ++i) _mm_prefetch(reinterpret_cast<const char*>(t.ahead[i] + 64 * s), _MM_HINT_T1);
       }
 #pragma GCC unroll 6
       for (int r = 0; r < R; ++r) {
@@ -79,11 +76,7 @@ static inline void tile_scores(const Tile& t, const uint8_t* q, size_t q_stride,
       const __m512bh k[TILE_BLOCKS] = {as_bh(_mm512_loadu_si512(k0 + 64 * s)), as_bh(_mm512_loadu_si512(k1 + 64 * s)),
                                        as_bh(_mm512_loadu_si512(k2 + 64 * s)), as_bh(_mm512_loadu_si512(k3 + 64 * s))};
       if constexpr (PREFETCH) {
-#pragma GCC unroll 4
-        for (int b = 0; b < TILE_BLOCKS; ++b) {
-          _mm_prefetch(reinterpret_cast<const char*>(t.next_k[b] + 64 * s), _MM_HINT_T1);
-          _mm_prefetch(reinterpret_cast<const char*>(t.next_v[b] + 64 * s), _MM_HINT_T1);
-        }
+        for (int i = 0; i < t.num_ahead; ++i) _mm_prefetch(reinterpret_cast<const char*>(t.ahead[i] + 64 * s), _MM_HINT_T1);
       }
 #pragma GCC unroll 6
       for (int r = 0; r < R; ++r) {
@@ -314,8 +307,8 @@ void kv_append(const KvMemory& kv, int layer, int kv_head, int block, int offset
   }
 }
 
-void attention_split(const KvMemory& kv, int layer, int kv_head, int group, const SequenceRows& seq, int row0, int row1, int split, const float* q,
-                     size_t ldq, float scale, float* max, float* sum, float* out, void* scratch) {
+void attention_split(const KvMemory& kv, int layer, int kv_head, int group, const SequenceRows& seq, int row0, int row1, int split,
+                     int prefetch_heads, const float* q, size_t ldq, float scale, float* max, float* sum, float* out, void* scratch) {
   const int dim = kv.head_dim;
   const bool int8 = kv.type == KvType::INT8;
   const int pairs = (row1 - row0) * group;
@@ -354,16 +347,24 @@ void attention_split(const KvMemory& kv, int layer, int kv_head, int group, cons
     for (int b = 0; b < TILE_BLOCKS; ++b) {
       // A block beyond the end stands for nothing (its lanes are masked) but must be readable.
       const int at = key0 / BLOCK_TOKENS + (b < blocks ? b : 0);
-      const int next = b + TILE_BLOCKS < blocks ? key0 / BLOCK_TOKENS + b + TILE_BLOCKS : at;
       const uint8_t* kb = kv.k_part(seq.blocks[at], layer) + head;
       const uint8_t* vb = kv.v_part(seq.blocks[at], layer) + head;
       t.k_scale[b] = reinterpret_cast<const float*>(kb);
       t.v_scale[b] = reinterpret_cast<const float*>(vb);
       t.k[b] = kb + values;
       t.v[b] = vb;
-      t.next_k[b] = kv.k_part(seq.blocks[next], layer) + head + values;
-      t.next_v[b] = kv.v_part(seq.blocks[next], layer) + head + values;
     }
+    // The next tile of this head and of those that follow it, and at the start this tile of those that follow.
+    t.num_ahead = 0;
+    for (int h = key0 == begin ? 1 - prefetch_heads : 0; h < prefetch_heads; ++h)
+      for (int b = 0; b < TILE_BLOCKS && t.num_ahead + 2 <= MAX_AHEAD; ++b) {
+        const int which = h < 0 ? b : b + TILE_BLOCKS;
+        if (which >= blocks) break;
+        const int block = seq.blocks[key0 / BLOCK_TOKENS + which];
+        const size_t offset = head + size_t(h < 0 ? -h : h) * per_head + values;
+        t.ahead[t.num_ahead++] = kv.k_part(block, layer) + offset;
+        t.ahead[t.num_ahead++] = kv.v_part(block, layer) + offset;
+      }
     if (int8)
       for (int b = 0; b < TILE_BLOCKS && b < blocks; ++b) {
         const int tokens = end - key0 - b * BLOCK_TOKENS < BLOCK_TOKENS ? end - key0 - b * BLOCK_TOKENS : BLOCK_TOKENS;
@@ -374,7 +375,7 @@ void attention_split(const KvMemory& kv, int layer, int kv_head, int group, cons
     // Rows below the tile see nothing of it.
     int first = key0 - seq.position - row0;
     if (first < 0) first = 0;
-    bool prefetch = key0 + TILE_KEYS < end;
+    bool prefetch = t.num_ahead > 0;
     for (int i = first * group; i < pairs;) {
       const int n = pairs - i < PAIRS ? pairs - i : PAIRS;
       int live[PAIRS];

@@ -5,3 +5,4 @@
 void bind_linear(pybind11::module_& m);
 void bind_ops(pybind11::module_& m);
 void bind_executor(pybind11::module_& m);
+void bind_memory(pybind11::module_& m);

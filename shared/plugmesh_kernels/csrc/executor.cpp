@@ -13,6 +13,7 @@ constexpr int TOKEN_CHUNK = 256;  // rows of activations that stay in the second
 constexpr int SMALL_STEP = 2;     // up to so many rows every thread normalises and encodes for itself: that costs less than a barrier
 constexpr int ROW_UNIT = 8;       // rows that one claim normalises and encodes
 constexpr int QUERY_TILE = 32;    // rows of a prompt that attend together
+constexpr int FEW_PAIRS = 16;     // up to so many (row, head) pairs attention waits for memory rather than for itself
 constexpr int HEAD_BLOCKS = 32;   // row blocks of the head per unit
 
 int num_units(int n, int per_unit) { return (n + per_unit - 1) / per_unit; }
@@ -183,28 +184,39 @@ void Executor::plan_attention() {
   merges_.clear();
   merge_of_row_.assign(num_rows_, -1);
   if (foreign_attention_) return;
-  int few = 0;  // units if nothing were split
-  for (const auto& r : ranges_) few += num_units(r.num_rows, QUERY_TILE) * shape_.num_kv_heads;
-  const bool split = few < 4 * pool_.num_threads();
+  // Rows of a prompt: a unit per KV head. Few rows, where memory is the limit: KV heads lie side by side in a block, so one unit takes them all and fetches
+  // ahead for all, unless that leaves threads without work; splits of the keys are apart when there are few sequences.
+  const int threads = pool_.num_threads(), all = shape_.num_kv_heads;
+  int num_tiles = 0, num_pieces = 0;
+  for (const auto& r : ranges_) {
+    num_tiles += num_units(r.num_rows, QUERY_TILE);
+    num_pieces += num_units(r.num_rows, QUERY_TILE) * num_units(r.position + r.num_rows, SPLIT_KEYS);
+  }
+  const bool split = num_tiles * all < 4 * threads, together = (split ? num_pieces : num_tiles) >= 4 * threads;
   int partials = 0;
   for (size_t i = 0; i < ranges_.size(); ++i) {
     const SequenceRows& r = ranges_[i];
-    for (int kv_head = 0; kv_head < shape_.num_kv_heads; ++kv_head) {
-      for (int row0 = 0; row0 < r.num_rows; row0 += QUERY_TILE) {
-        const int row1 = std::min(row0 + QUERY_TILE, r.num_rows), keys = r.position + row1, splits = num_units(keys, SPLIT_KEYS);
-        if (splits > 1 && split) {
+    for (int row0 = 0; row0 < r.num_rows; row0 += QUERY_TILE) {
+      const int row1 = std::min(row0 + QUERY_TILE, r.num_rows), rows = row1 - row0, keys = r.position + row1, splits = num_units(keys, SPLIT_KEYS);
+      const int heads = together && rows * group_ <= FEW_PAIRS ? all : 1;
+      const int slot = rows * group_;  // partials of one split
+      const bool apart = splits > 1 && split;
+      if (apart) {
+        for (int row = row0; row < row1; ++row)
+          if (merge_of_row_[r.first_row + row] < 0) merge_of_row_[r.first_row + row] = int(merges_.size());
+        for (int h = 0; h < all; ++h) merges_.push_back({r.first_row + row0, rows, h, splits, partials + h * splits * slot});
+      }
+      for (int h = 0; h < all; h += heads) {
+        if (apart) {
           for (int s = 0; s < splits; ++s) {
-            const int64_t cost = int64_t(row1 - row0) * (std::min((s + 1) * SPLIT_KEYS, keys) - s * SPLIT_KEYS);
-            units_.push_back({int(i), kv_head, row0, row1, s, s + 1, partials + s * (row1 - row0) * group_, cost});
+            const int64_t cost = int64_t(rows) * heads * (std::min((s + 1) * SPLIT_KEYS, keys) - s * SPLIT_KEYS);
+            units_.push_back({int(i), h, heads, row0, row1, s, s + 1, partials + (h * splits + s) * slot, splits * slot, cost});
           }
-          for (int row = row0; row < row1; ++row)
-            if (merge_of_row_[r.first_row + row] < 0) merge_of_row_[r.first_row + row] = int(merges_.size());
-          merges_.push_back({r.first_row + row0, row1 - row0, kv_head, splits, partials});
-          partials += splits * (row1 - row0) * group_;
         } else {
-          units_.push_back({int(i), kv_head, row0, row1, 0, splits, -1, int64_t(row1 - row0) * keys});
+          units_.push_back({int(i), h, heads, row0, row1, 0, splits, -1, 0, int64_t(rows) * heads * keys});
         }
       }
+      if (apart) partials += all * splits * slot;
     }
   }
   std::sort(units_.begin(), units_.end(), [](const AttentionUnit& a, const AttentionUnit& b) {  // the dearest first, so that the ends meet; heads of the same keys in turn: they lie together
@@ -370,26 +382,30 @@ void Executor::attention_unit(int thread, int layer, const AttentionUnit& u) {
   const float scale = 1.0f / std::sqrt(float(d));
   ThreadState& state = threads_[thread];
   void* scratch = aligned(state.scratch);
-  const float* q = q_.data() + size_t(u.kv_head) * group_ * d;
-  if (u.partial >= 0) {
-    ops_->attention_split(kv_, layer, u.kv_head, group_, seq, u.row0, u.row1, u.split0, q, q_size_, scale, partial_max_.data() + u.partial,
-                          partial_sum_.data() + u.partial, partial_out_.data() + size_t(u.partial) * d, scratch);
-    return;
-  }
   const size_t each = size_t(n) * (2 + d);
-  if (state.b.size() < 2 * each) state.b.resize(2 * each);
-  float *acc_max = state.b.data(), *acc_sum = acc_max + n, *acc_out = acc_sum + n;
-  float *max = state.b.data() + each, *sum = max + n, *out = sum + n;
-  for (int s = u.split0; s < u.split1; ++s) {
-    const bool first = s == u.split0;
-    ops_->attention_split(kv_, layer, u.kv_head, group_, seq, u.row0, u.row1, s, q, q_size_, scale, first ? acc_max : max, first ? acc_sum : sum,
-                          first ? acc_out : out, scratch);
-    if (!first) ops_->attention_merge(acc_max, acc_sum, acc_out, max, sum, out, n, d);
-  }
-  for (int i = 0; i < n; ++i) {
-    const size_t row = seq.first_row + u.row0 + i / group_, h = size_t(u.kv_head) * group_ + i % group_;
-    ops_->attention_finish(acc_sum + i, acc_out + size_t(i) * d, d, attended_.data() + row * q_size_ + h * d);
-  }
+  if (state.b.size() < 2 * each * u.num_kv_heads) state.b.resize(2 * each * u.num_kv_heads);
+  for (int s = u.split0; s < u.split1; ++s)
+    for (int h = 0; h < u.num_kv_heads; ++h) {
+      const int kv_head = u.kv_head + h, fetch = h == 0 ? u.num_kv_heads : 0;
+      const float* q = q_.data() + size_t(kv_head) * group_ * d;
+      if (u.partial >= 0) {
+        const size_t at = size_t(u.partial) + size_t(h) * u.partial_stride;
+        ops_->attention_split(kv_, layer, kv_head, group_, seq, u.row0, u.row1, s, fetch, q, q_size_, scale, partial_max_.data() + at, partial_sum_.data() + at,
+                              partial_out_.data() + at * d, scratch);
+        continue;
+      }
+      float *acc_max = state.b.data() + 2 * each * h, *acc_sum = acc_max + n, *acc_out = acc_sum + n;
+      float *max = acc_max + each, *sum = max + n, *out = sum + n;
+      const bool first = s == u.split0;
+      ops_->attention_split(kv_, layer, kv_head, group_, seq, u.row0, u.row1, s, fetch, q, q_size_, scale, first ? acc_max : max, first ? acc_sum : sum,
+                            first ? acc_out : out, scratch);
+      if (!first) ops_->attention_merge(acc_max, acc_sum, acc_out, max, sum, out, n, d);
+      if (s + 1 < u.split1) continue;
+      for (int i = 0; i < n; ++i) {
+        const size_t row = seq.first_row + u.row0 + i / group_, head = size_t(kv_head) * group_ + i % group_;
+        ops_->attention_finish(acc_sum + i, acc_out + size_t(i) * d, d, attended_.data() + row * q_size_ + head * d);
+      }
+    }
 }
 
 // The rows that the output projection reads: splits merged, encoded.

@@ -68,8 +68,8 @@ class Executor {
     Input rows(int first, int num) const;
   };
   struct AttentionUnit {
-    int sequence, kv_head, row0, row1, split0, split1;
-    int partial;  // slot of its partials; -1 when it covers all splits of its rows
+    int sequence, kv_head, num_kv_heads, row0, row1, split0, split1;
+    int partial, partial_stride;  // slot of its partials and the distance between KV heads; -1 when it covers all splits of its rows
     int64_t cost;
   };
   struct PendingMerge {  // rows of one sequence and KV head whose splits were computed apart

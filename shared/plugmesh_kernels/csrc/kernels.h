@@ -132,8 +132,11 @@ struct OpsKernels {
   //   q: of row r of the step, head h of the group at q + r * ldq + h * D (so q starts at the group's first head). Scores are scaled by `scale` in float32.
   //   Partials per (row - row0, head in group): max[...], sum[...], out[... * D], laid out [(row - row0) * group + head]; rows without a key in the split
   //   get max = -inf, sum = 0, out = 0.
-  void (*attention_split)(const KvMemory& kv, int layer, int kv_head, int group, const SequenceRows& seq, int row0, int row1, int split, const float* q,
-                          size_t ldq, float scale, float* max, float* sum, float* out, void* scratch);
+  //   A max of NaN marks a sum of NaN. prefetch_heads: of how many KV heads from this one on memory is fetched ahead (the caller asks for them next, on the
+  //   same thread); 0: somebody did.
+  void (*attention_split)(const KvMemory& kv, int layer, int kv_head, int group, const SequenceRows& seq, int row0, int row1, int split,
+                          int prefetch_heads, const float* q, size_t ldq, float scale, float* max, float* sum, float* out, void* scratch);
+  // With a max of -inf, sum and out may be unset.
   // acc := acc merged with a later split's partial, for n (row, head) pairs of D values: the only way partials meet, so its order and operations are fixed.
   void (*attention_merge)(float* acc_max, float* acc_sum, float* acc_out, const float* max, const float* sum, const float* out, int n, int head_dim);
   // out[i] = acc_out[i] / acc_sum

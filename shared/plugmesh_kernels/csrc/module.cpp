@@ -10,4 +10,5 @@ PYBIND11_MODULE(_native, m) {
   bind_linear(m);
   bind_ops(m);
   bind_executor(m);
+  bind_memory(m);
 }
