@@ -44,8 +44,8 @@ inline size_t head_bytes(const KvMemory& kv) { return kv.part_bytes() / size_t(k
 
 #define PM_ATTENTION_FUNCTIONS                                                                                                                    \
   void kv_append(const KvMemory& kv, int layer, int kv_head, int block, int offset, const float* k, const float* v);                              \
-  void attention_split(const KvMemory& kv, int layer, int kv_head, int group, const SequenceRows& seq, int row0, int row1, int split,             \
-                       int prefetch_heads, const float* q, size_t ldq, float scale, float* max, float* sum, float* out, void* scratch);                               \
+  void attention_split(const KvMemory& kv, int layer, int kv_head, int num_kv_heads, int group, const SequenceRows& seq, int row0, int row1, int split,             \
+                       const float* q, size_t ldq, float scale, float* max, float* sum, float* out, size_t head_stride, void* scratch);                               \
   void attention_merge(float* acc_max, float* acc_sum, float* acc_out, const float* max, const float* sum, const float* out, int n, int head_dim); \
   void attention_finish(const float* acc_sum, const float* acc_out, int head_dim, float* out);
 namespace avx512 {

@@ -17,16 +17,28 @@ namespace avx512 {
 namespace {
 
 constexpr int PAIRS = 6;
-constexpr int MAX_AHEAD = 64;
+constexpr int MAX_AHEAD = 4 * TILE_BLOCKS;
 constexpr float NEG_INF = -__builtin_inff();
 
 struct Tile {
   const uint8_t* k[TILE_BLOCKS];
   const uint8_t* v[TILE_BLOCKS];  // bf16 token pairs, as in memory or decoded
-  const uint8_t* ahead[MAX_AHEAD];  // fetched ahead, into L2, a line each per step: L1's few miss buffers would stall the dot products
+  const uint8_t* ahead[MAX_AHEAD];  // fetched ahead: pieces of one line per step, in the order of memory where they lie together
   int num_ahead;
   const float* k_scale[TILE_BLOCKS];  // int8 only
   const float* v_scale[TILE_BLOCKS];
+};
+
+// Walks through the pieces to fetch ahead, as many lines per step as there are pieces: memory likes to be read in one direction. Into L2, because L1's few
+// miss buffers would stall the dot products.
+struct Fetch {
+  int piece = 0, line = 0;
+  inline void lines(const Tile& t, int steps) {
+    for (int i = 0; i < t.num_ahead; ++i) {
+      _mm_prefetch(reinterpret_cast<const char*>(t.ahead[piece] + 64 * line), _MM_HINT_T1);
+      if (++line == steps) line = 0, ++piece;
+    }
+  }
 };
 
 static inline __m512 load_f(const void* p) { return _mm512_loadu_ps(p); }
@@ -49,11 +61,12 @@ static inline void tile_scores(const Tile& t, const uint8_t* q, size_t q_stride,
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
       for (int b = 0; b < TILE_BLOCKS; ++b) acc[r][b] = _mm512_set1_epi32(init[r]);
+    Fetch fetch;
     for (int s = 0; s < steps; ++s) {
       __m512i k[TILE_BLOCKS] = {_mm512_xor_si512(_mm512_loadu_si512(k0 + 64 * s), flip), _mm512_xor_si512(_mm512_loadu_si512(k1 + 64 * s), flip),
                                 _mm512_xor_si512(_mm512_loadu_si512(k2 + 64 * s), flip), _mm512_xor_si512(_mm512_loadu_si512(k3 + 64 * s), flip)};
       if constexpr (PREFETCH) {
-        for (int i = 0; i < t.num_ahead; ++i) _mm_prefetch(reinterpret_cast<const char*>(t.ahead[i] + 64 * s), _MM_HINT_T1);
+        fetch.lines(t, steps);
       }
 #pragma GCC unroll 6
       for (int r = 0; r < R; ++r) {
@@ -72,11 +85,12 @@ static inline void tile_scores(const Tile& t, const uint8_t* q, size_t q_stride,
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
       for (int b = 0; b < TILE_BLOCKS; ++b) acc[r][b] = _mm512_setzero_ps();
+    Fetch fetch;
     for (int s = 0; s < steps; ++s) {
       const __m512bh k[TILE_BLOCKS] = {as_bh(_mm512_loadu_si512(k0 + 64 * s)), as_bh(_mm512_loadu_si512(k1 + 64 * s)),
                                        as_bh(_mm512_loadu_si512(k2 + 64 * s)), as_bh(_mm512_loadu_si512(k3 + 64 * s))};
       if constexpr (PREFETCH) {
-        for (int i = 0; i < t.num_ahead; ++i) _mm_prefetch(reinterpret_cast<const char*>(t.ahead[i] + 64 * s), _MM_HINT_T1);
+        fetch.lines(t, steps);
       }
 #pragma GCC unroll 6
       for (int r = 0; r < R; ++r) {
@@ -307,95 +321,101 @@ void kv_append(const KvMemory& kv, int layer, int kv_head, int block, int offset
   }
 }
 
-void attention_split(const KvMemory& kv, int layer, int kv_head, int group, const SequenceRows& seq, int row0, int row1, int split,
-                     int prefetch_heads, const float* q, size_t ldq, float scale, float* max, float* sum, float* out, void* scratch) {
+void attention_split(const KvMemory& kv, int layer, int kv_head, int num_kv_heads, int group, const SequenceRows& seq, int row0, int row1, int split,
+                     const float* q, size_t ldq, float scale, float* max, float* sum, float* out, size_t head_stride, void* scratch) {
   const int dim = kv.head_dim;
   const bool int8 = kv.type == KvType::INT8;
-  const int pairs = (row1 - row0) * group;
+  const int pairs = (row1 - row0) * group;  // of one KV head
   if (pairs <= 0) return;
-  const AttentionScratch mem = attention_scratch(scratch, pairs, dim);
+  const AttentionScratch mem = attention_scratch(scratch, pairs * num_kv_heads, dim);
   const size_t q_stride = size_t(round_up(dim, 16)) * (int8 ? 1 : 2);
 
-  for (int i = 0; i < pairs; ++i) {
-    const float* head = q + size_t(seq.first_row + row0 + i / group) * ldq + size_t(i % group) * size_t(dim);
-    uint8_t* to = mem.q + size_t(i) * q_stride;
-    float unit = 1.0f;
-    mem.init[i] = 0;
-    if (int8) {
-      unit = quantize(head, dim, reinterpret_cast<int8_t*>(to));
-      for (int d = dim; d % 4; ++d) to[d] = 0;
-      int total = 0;
-      for (int d = 0; d < dim; ++d) total += reinterpret_cast<int8_t*>(to)[d];
-      mem.init[i] = -128 * total;
-    } else {
-      query_bf16(head, dim, to);
+  for (int h = 0; h < num_kv_heads; ++h)
+    for (int i = 0; i < pairs; ++i) {
+      const float* head = q + size_t(seq.first_row + row0 + i / group) * ldq + size_t(h * group + i % group) * size_t(dim);
+      const int at = h * pairs + i;
+      uint8_t* to = mem.q + size_t(at) * q_stride;
+      float unit = 1.0f;
+      mem.init[at] = 0;
+      if (int8) {
+        unit = quantize(head, dim, reinterpret_cast<int8_t*>(to));
+        for (int d = dim; d % 4; ++d) to[d] = 0;
+        int total = 0;
+        for (int d = 0; d < dim; ++d) total += reinterpret_cast<int8_t*>(to)[d];
+        mem.init[at] = -128 * total;
+      } else {
+        query_bf16(head, dim, to);
+      }
+      mem.scale[at] = unit * scale * LOG2E_F;
+      mem.max[at] = NEG_INF;
+      _mm512_store_ps(mem.sums + 16 * size_t(at), _mm512_setzero_ps());
+      float* zero = out + (size_t(h) * head_stride + size_t(i)) * size_t(dim);
+      for (int d = 0; d < dim; ++d) zero[d] = 0.0f;
     }
-    mem.scale[i] = unit * scale * LOG2E_F;
-    mem.max[i] = NEG_INF;
-    _mm512_store_ps(mem.sums + 16 * size_t(i), _mm512_setzero_ps());
-    for (int d = 0; d < dim; ++d) out[size_t(i) * size_t(dim) + size_t(d)] = 0.0f;
-  }
 
   const int begin = split * SPLIT_KEYS;
   const int reach = seq.position + row1;  // keys of the last row
   const int end = reach < begin + SPLIT_KEYS ? reach : begin + SPLIT_KEYS;
   const int steps = int8 ? (dim + 3) / 4 : dim / 2;
-  const size_t per_head = head_bytes(kv), head = size_t(kv_head) * per_head, values = int8 ? 64 : 0;
-  for (int key0 = begin; key0 < end; key0 += TILE_KEYS) {
-    Tile t;
-    const int blocks = (end - key0 + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
-    for (int b = 0; b < TILE_BLOCKS; ++b) {
-      // A block beyond the end stands for nothing (its lanes are masked) but must be readable.
-      const int at = key0 / BLOCK_TOKENS + (b < blocks ? b : 0);
-      const uint8_t* kb = kv.k_part(seq.blocks[at], layer) + head;
-      const uint8_t* vb = kv.v_part(seq.blocks[at], layer) + head;
-      t.k_scale[b] = reinterpret_cast<const float*>(kb);
-      t.v_scale[b] = reinterpret_cast<const float*>(vb);
-      t.k[b] = kb + values;
-      t.v[b] = vb;
+  const size_t per_head = head_bytes(kv), values = int8 ? 64 : 0;
+  for (int key0 = begin; key0 < end; key0 += TILE_KEYS)
+    for (int h = 0; h < num_kv_heads; ++h) {
+      const size_t head = size_t(kv_head + h) * per_head;
+      Tile t;
+      const int blocks = (end - key0 + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
+      for (int b = 0; b < TILE_BLOCKS; ++b) {
+        // A block beyond the end stands for nothing (its lanes are masked) but must be readable.
+        const int at = key0 / BLOCK_TOKENS + (b < blocks ? b : 0);
+        const uint8_t* kb = kv.k_part(seq.blocks[at], layer) + head;
+        const uint8_t* vb = kv.v_part(seq.blocks[at], layer) + head;
+        t.k_scale[b] = reinterpret_cast<const float*>(kb);
+        t.v_scale[b] = reinterpret_cast<const float*>(vb);
+        t.k[b] = kb + values;
+        t.v[b] = vb;
+      }
+      // The next tile of this head, and at the start this tile of the next head.
+      t.num_ahead = 0;
+      for (int part = key0 == begin && h + 1 < num_kv_heads ? 0 : 1; part < 2; ++part)
+        for (int b = part * TILE_BLOCKS; b < (part + 1) * TILE_BLOCKS && b < blocks; ++b) {
+          const int block = seq.blocks[key0 / BLOCK_TOKENS + b];
+          const size_t offset = head + (part == 0 ? per_head : 0) + values;
+          t.ahead[t.num_ahead++] = kv.k_part(block, layer) + offset;
+          t.ahead[t.num_ahead++] = kv.v_part(block, layer) + offset;
+        }
+      if (int8)
+        for (int b = 0; b < TILE_BLOCKS && b < blocks; ++b) {
+          const int tokens = end - key0 - b * BLOCK_TOKENS < BLOCK_TOKENS ? end - key0 - b * BLOCK_TOKENS : BLOCK_TOKENS;
+          uint8_t* to = mem.v + size_t(b) * 8 * size_t(dim) * 4;
+          decode_v(reinterpret_cast<const int8_t*>(t.v[b] + 64), dim, tokens, to);
+          t.v[b] = to;
+        }
+      // Rows below the tile see nothing of it.
+      int first = key0 - seq.position - row0;
+      if (first < 0) first = 0;
+      bool prefetch = t.num_ahead > 0;
+      for (int i = first * group; i < pairs;) {
+        const int n = pairs - i < PAIRS ? pairs - i : PAIRS;
+        int live[PAIRS];
+        for (int r = 0; r < n; ++r) {
+          const int left = seq.position + row0 + (i + r) / group + 1 - key0;
+          live[r] = left < TILE_KEYS ? left : TILE_KEYS;
+        }
+        const size_t at = size_t(h * pairs + i);
+        const Pairs p{mem.q + at * q_stride, q_stride, mem.init + at, mem.scale + at, mem.max + at, mem.sums + 16 * at,
+                      out + (size_t(h) * head_stride + size_t(i)) * size_t(dim)};
+        const Step step = int8 ? (prefetch ? step_for<true, true>(n) : step_for<true, false>(n)) : (prefetch ? step_for<false, true>(n) : step_for<false, false>(n));
+        step(t, p, live, dim, steps);
+        prefetch = false;
+        i += n;
+      }
     }
-    // The next tile of this head and of those that follow it, and at the start this tile of those that follow.
-    t.num_ahead = 0;
-    for (int h = key0 == begin ? 1 - prefetch_heads : 0; h < prefetch_heads; ++h)
-      for (int b = 0; b < TILE_BLOCKS && t.num_ahead + 2 <= MAX_AHEAD; ++b) {
-        const int which = h < 0 ? b : b + TILE_BLOCKS;
-        if (which >= blocks) break;
-        const int block = seq.blocks[key0 / BLOCK_TOKENS + which];
-        const size_t offset = head + size_t(h < 0 ? -h : h) * per_head + values;
-        t.ahead[t.num_ahead++] = kv.k_part(block, layer) + offset;
-        t.ahead[t.num_ahead++] = kv.v_part(block, layer) + offset;
-      }
-    if (int8)
-      for (int b = 0; b < TILE_BLOCKS && b < blocks; ++b) {
-        const int tokens = end - key0 - b * BLOCK_TOKENS < BLOCK_TOKENS ? end - key0 - b * BLOCK_TOKENS : BLOCK_TOKENS;
-        uint8_t* to = mem.v + size_t(b) * 8 * size_t(dim) * 4;
-        decode_v(reinterpret_cast<const int8_t*>(t.v[b] + 64), dim, tokens, to);
-        t.v[b] = to;
-      }
-    // Rows below the tile see nothing of it.
-    int first = key0 - seq.position - row0;
-    if (first < 0) first = 0;
-    bool prefetch = t.num_ahead > 0;
-    for (int i = first * group; i < pairs;) {
-      const int n = pairs - i < PAIRS ? pairs - i : PAIRS;
-      int live[PAIRS];
-      for (int r = 0; r < n; ++r) {
-        const int left = seq.position + row0 + (i + r) / group + 1 - key0;
-        live[r] = left < TILE_KEYS ? left : TILE_KEYS;
-      }
-      const Pairs p{mem.q + size_t(i) * q_stride, q_stride,  mem.init + i, mem.scale + i, mem.max + i, mem.sums + 16 * size_t(i),
-                    out + size_t(i) * size_t(dim)};
-      const Step step = int8 ? (prefetch ? step_for<true, true>(n) : step_for<true, false>(n)) : (prefetch ? step_for<false, true>(n) : step_for<false, false>(n));
-      step(t, p, live, dim, steps);
-      prefetch = false;
-      i += n;
+  for (int h = 0; h < num_kv_heads; ++h)
+    for (int i = 0; i < pairs; ++i) {
+      const size_t from = size_t(h * pairs + i), to = size_t(h) * head_stride + size_t(i);
+      sum[to] = _mm512_reduce_add_ps(_mm512_load_ps(mem.sums + 16 * from));
+      // A NaN score never becomes the maximum; merging has to learn of it all the same.
+      max[to] = sum[to] != sum[to] ? sum[to] : mem.max[from] == NEG_INF ? NEG_INF : mem.max[from] * (mem.scale[from] * 0.6931471805599453f);
     }
-  }
-  for (int i = 0; i < pairs; ++i) {
-    sum[i] = _mm512_reduce_add_ps(_mm512_load_ps(mem.sums + 16 * size_t(i)));
-    // A NaN score never becomes the maximum; merging has to learn of it all the same.
-    max[i] = sum[i] != sum[i] ? sum[i] : mem.max[i] == NEG_INF ? NEG_INF : mem.max[i] * (mem.scale[i] * 0.6931471805599453f);
-  }
 }
 
 void attention_merge(float* acc_max, float* acc_sum, float* acc_out, const float* max, const float* sum, const float* out, int n, int head_dim) {

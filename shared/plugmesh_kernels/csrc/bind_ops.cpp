@@ -135,7 +135,7 @@ py::tuple attention_split(const std::string& isa, const PyKv& kv, int layer, int
   float *m = max.mutable_data(), *s = sum.mutable_data(), *to = out.mutable_data();
   {
     py::gil_scoped_release release;
-    o.attention_split(kv.kv, layer, kv_head, group, seq, row0, row1, split, 1, q.data(), size_t(group) * size_t(dim), scale, m, s, to, scratch.data());
+    o.attention_split(kv.kv, layer, kv_head, 1, group, seq, row0, row1, split, q.data(), size_t(group) * size_t(dim), scale, m, s, to, 0, scratch.data());
   }
   return py::make_tuple(max, sum, out);
 }

@@ -112,7 +112,8 @@ Executor::Executor(const ModelShape& shape, std::vector<LayerWeights> layers, Li
   for (auto& t : threads_) {
     t.hidden = hidden_;
     t.heads = heads_;
-    t.scratch.resize(64 + std::max(linear_scratch_bytes(max_kp), attention_scratch_bytes(QUERY_TILE, group_, shape.head_dim)));
+    t.scratch.resize(64 + std::max(linear_scratch_bytes(max_kp), std::max(attention_scratch_bytes(QUERY_TILE, group_, shape.head_dim),
+                                                                              attention_scratch_bytes(FEW_PAIRS, shape.num_kv_heads, shape.head_dim))));
   }
 }
 
@@ -382,30 +383,27 @@ void Executor::attention_unit(int thread, int layer, const AttentionUnit& u) {
   const float scale = 1.0f / std::sqrt(float(d));
   ThreadState& state = threads_[thread];
   void* scratch = aligned(state.scratch);
-  const size_t each = size_t(n) * (2 + d);
-  if (state.b.size() < 2 * each * u.num_kv_heads) state.b.resize(2 * each * u.num_kv_heads);
-  for (int s = u.split0; s < u.split1; ++s)
-    for (int h = 0; h < u.num_kv_heads; ++h) {
-      const int kv_head = u.kv_head + h, fetch = h == 0 ? u.num_kv_heads : 0;
-      const float* q = q_.data() + size_t(kv_head) * group_ * d;
-      if (u.partial >= 0) {
-        const size_t at = size_t(u.partial) + size_t(h) * u.partial_stride;
-        ops_->attention_split(kv_, layer, kv_head, group_, seq, u.row0, u.row1, s, fetch, q, q_size_, scale, partial_max_.data() + at, partial_sum_.data() + at,
-                              partial_out_.data() + at * d, scratch);
-        continue;
-      }
-      float *acc_max = state.b.data() + 2 * each * h, *acc_sum = acc_max + n, *acc_out = acc_sum + n;
-      float *max = acc_max + each, *sum = max + n, *out = sum + n;
-      const bool first = s == u.split0;
-      ops_->attention_split(kv_, layer, kv_head, group_, seq, u.row0, u.row1, s, fetch, q, q_size_, scale, first ? acc_max : max, first ? acc_sum : sum,
-                            first ? acc_out : out, scratch);
-      if (!first) ops_->attention_merge(acc_max, acc_sum, acc_out, max, sum, out, n, d);
-      if (s + 1 < u.split1) continue;
-      for (int i = 0; i < n; ++i) {
-        const size_t row = seq.first_row + u.row0 + i / group_, head = size_t(kv_head) * group_ + i % group_;
-        ops_->attention_finish(acc_sum + i, acc_out + size_t(i) * d, d, attended_.data() + row * q_size_ + head * d);
-      }
-    }
+  const float* q = q_.data() + size_t(u.kv_head) * group_ * d;
+  if (u.partial >= 0) {
+    ops_->attention_split(kv_, layer, u.kv_head, u.num_kv_heads, group_, seq, u.row0, u.row1, u.split0, q, q_size_, scale, partial_max_.data() + u.partial,
+                          partial_sum_.data() + u.partial, partial_out_.data() + size_t(u.partial) * d, size_t(u.partial_stride), scratch);
+    return;
+  }
+  const int all = n * u.num_kv_heads;
+  const size_t each = size_t(all) * (2 + d);
+  if (state.b.size() < 2 * each) state.b.resize(2 * each);
+  float *acc_max = state.b.data(), *acc_sum = acc_max + all, *acc_out = acc_sum + all;
+  float *max = state.b.data() + each, *sum = max + all, *out = sum + all;
+  for (int s = u.split0; s < u.split1; ++s) {
+    const bool first = s == u.split0;
+    ops_->attention_split(kv_, layer, u.kv_head, u.num_kv_heads, group_, seq, u.row0, u.row1, s, q, q_size_, scale, first ? acc_max : max,
+                          first ? acc_sum : sum, first ? acc_out : out, size_t(n), scratch);
+    if (!first) ops_->attention_merge(acc_max, acc_sum, acc_out, max, sum, out, all, d);
+  }
+  for (int i = 0; i < all; ++i) {
+    const size_t row = seq.first_row + u.row0 + i % n / group_, head = size_t(u.kv_head + i / n) * group_ + i % group_;
+    ops_->attention_finish(acc_sum + i, acc_out + size_t(i) * d, d, attended_.data() + row * q_size_ + head * d);
+  }
 }
 
 // The rows that the output projection reads: splits merged, encoded.

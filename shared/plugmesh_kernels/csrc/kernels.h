@@ -127,15 +127,14 @@ struct OpsKernels {
   // Stores K and V (D floats each) of one token and KV head.
   void (*kv_append)(const KvMemory& kv, int layer, int kv_head, int block, int offset, const float* k, const float* v);
 
-  // Attention of the query heads that share `kv_head`, for rows [row0, row1) of the sequence (counted within it), over keys of split s only:
-  // [s * SPLIT_KEYS, min((s+1) * SPLIT_KEYS, position + row + 1)). group = query heads per KV head.
-  //   q: of row r of the step, head h of the group at q + r * ldq + h * D (so q starts at the group's first head). Scores are scaled by `scale` in float32.
-  //   Partials per (row - row0, head in group): max[...], sum[...], out[... * D], laid out [(row - row0) * group + head]; rows without a key in the split
-  //   get max = -inf, sum = 0, out = 0.
-  //   A max of NaN marks a sum of NaN. prefetch_heads: of how many KV heads from this one on memory is fetched ahead (the caller asks for them next, on the
-  //   same thread); 0: somebody did.
-  void (*attention_split)(const KvMemory& kv, int layer, int kv_head, int group, const SequenceRows& seq, int row0, int row1, int split,
-                          int prefetch_heads, const float* q, size_t ldq, float scale, float* max, float* sum, float* out, void* scratch);
+  // Attention of the query heads that share KV heads [kv_head, kv_head + num_kv_heads), for rows [row0, row1) of the sequence (counted within it), over keys
+  // of split s only: [s * SPLIT_KEYS, min((s+1) * SPLIT_KEYS, position + row + 1)). group = query heads per KV head. Several KV heads in one call for few
+  // rows, where memory is the limit: they lie side by side.
+  //   q: of row r of the step, query head h of the first KV head's group on at q + r * ldq + h * D. Scores are scaled by `scale` in float32.
+  //   Partials per (row - row0, head in group): max[...], sum[...], out[... * D], laid out [(row - row0) * group + head], those of the next KV head
+  //   head_stride pairs further; rows without a key in the split get max = -inf, sum = 0, out = 0. A max of NaN marks a sum of NaN.
+  void (*attention_split)(const KvMemory& kv, int layer, int kv_head, int num_kv_heads, int group, const SequenceRows& seq, int row0, int row1, int split,
+                          const float* q, size_t ldq, float scale, float* max, float* sum, float* out, size_t head_stride, void* scratch);
   // With a max of -inf, sum and out may be unset.
   // acc := acc merged with a later split's partial, for n (row, head) pairs of D values: the only way partials meet, so its order and operations are fixed.
   void (*attention_merge)(float* acc_max, float* acc_sum, float* acc_out, const float* max, const float* sum, const float* out, int n, int head_dim);
