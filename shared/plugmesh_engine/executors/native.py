@@ -30,8 +30,8 @@ from plugmesh_kernels.pack import PIECE_BYTES, packed_num_bytes
 
 log = structlog.get_logger()
 
-SPIN_US = 50
-"""How long a worker waits awake for the next step: longer than the engine's own work between two steps, too short to be seen when idle."""
+SPIN_US = 200
+"""How long a worker waits awake for the next step: as long as the engine's own work between two steps of a large batch. An idle worker sleeps."""
 
 ForeignLinear = Callable[[np.ndarray, np.ndarray], None]
 """Fills y (T, N) from x (T, K), float32; or a capsule as `plugmesh_kernels.native().Linear.foreign` describes."""

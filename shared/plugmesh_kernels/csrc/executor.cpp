@@ -13,6 +13,7 @@ constexpr int TOKEN_CHUNK = 256;  // rows of activations that stay in the second
 constexpr int SMALL_STEP = 2;     // up to so many rows every thread normalises and encodes for itself: that costs less than a barrier
 constexpr int ROW_UNIT = 8;       // rows that one claim normalises and encodes
 constexpr int QUERY_TILE = 32;    // rows of a prompt that attend together
+constexpr int FIRST_BLOCKS = 4;   // blocks that are fetched before their unit begins
 constexpr int FEW_PAIRS = 16;     // up to so many (row, head) pairs attention waits for memory rather than for itself
 constexpr int HEAD_BLOCKS = 32;   // row blocks of the head per unit
 
@@ -156,7 +157,6 @@ void Executor::plan(const std::vector<StepSequence>& sequences) {
   }
   num_rows_ = int(row_token_.size());
   num_wanted_ = int(wanted_row_.size());
-  small_ = num_rows_ <= SMALL_STEP;
   const size_t t = num_rows_;
   const auto grow = [](std::vector<float>& v, size_t n) {
     if (v.size() < n) v.resize(n);
@@ -166,6 +166,13 @@ void Executor::plan(const std::vector<StepSequence>& sequences) {
   grow(k_, t * kv_size_);
   grow(v_, t * kv_size_);
   grow(attended_, t * q_size_);
+  last_.resize(num_wanted_);
+  size_buffers();
+  plan_attention();
+}
+
+void Executor::size_buffers() {
+  small_ = num_rows_ <= SMALL_STEP;
   if (small_) {
     for (auto& s : threads_) {
       s.hidden.resize(num_rows_);
@@ -176,7 +183,25 @@ void Executor::plan(const std::vector<StepSequence>& sequences) {
     heads_.resize(num_rows_);
   }
   act_.resize(num_rows_);
-  last_.resize(num_wanted_);
+}
+
+// In the last layer only the wanted rows have a future: of the others no more than K and V is needed. Moves queries and hidden state of the wanted rows to
+// the front and goes on with those. One thread calls it, while the others wait.
+void Executor::keep_wanted_rows() {
+  std::vector<SequenceRows> kept;
+  for (size_t i = 0; i < sequences_.size(); ++i) {
+    const StepSequence& s = sequences_[i];
+    if (s.num_wanted == 0) continue;
+    const int first = kept.empty() ? 0 : kept.back().first_row + kept.back().num_rows;
+    const int skipped = s.num_rows - s.num_wanted, from = ranges_[i].first_row + skipped;
+    std::memmove(x_.data() + size_t(first) * shape_.hidden, x_.data() + size_t(from) * shape_.hidden, size_t(s.num_wanted) * shape_.hidden * 4);
+    std::memmove(q_.data() + size_t(first) * q_size_, q_.data() + size_t(from) * q_size_, size_t(s.num_wanted) * q_size_ * 4);
+    kept.push_back({first, s.num_wanted, s.position + skipped, s.blocks});
+  }
+  ranges_ = std::move(kept);
+  num_rows_ = num_wanted_;
+  for (int i = 0; i < num_wanted_; ++i) wanted_row_[i] = i;
+  size_buffers();
   plan_attention();
 }
 
@@ -239,6 +264,12 @@ void Executor::step(int thread, int32_t* best, float* logits) {
     const LayerWeights& w = layers_[i];
     qkv(thread, i, normed(thread, w.input_norm, hidden_, &ThreadState::hidden));
     pool_.barrier();
+    if (i + 1 == shape_.num_layers && num_wanted_ < num_rows_ && !foreign_attention_) {
+      pool_.barrier();  // everybody has looked at num_rows_
+      if (thread == 0) keep_wanted_rows();
+      pool_.barrier();
+      if (num_rows_ == 0) return;
+    }
     attention(thread, i);
     pool_.barrier();
     linear_units(thread, w.o, heads_encoded(thread), x_.data(), shape_.hidden, true, 3);
@@ -374,7 +405,24 @@ void Executor::attention(int thread, int layer) {
     }
     return;
   }
-  for (int u; (u = pool_.claim()) < int(units_.size());) attention_unit(thread, layer, units_[u]);
+  // A unit's first keys are on their way while the one before is computed.
+  const int all = int(units_.size());
+  for (int u = pool_.claim(); u < all;) {
+    const int next = pool_.claim();
+    if (next < all) fetch_first_keys(layer, units_[next]);
+    attention_unit(thread, layer, units_[u]);
+    u = next;
+  }
+}
+
+void Executor::fetch_first_keys(int layer, const AttentionUnit& u) const {
+  if (u.num_kv_heads == 1) return;  // waits for itself rather than for memory
+  const SequenceRows& seq = ranges_[u.sequence];
+  const int first = u.split0 * (SPLIT_KEYS / BLOCK_TOKENS), last = (seq.position + u.row1 - 1) / BLOCK_TOKENS;
+  const size_t head = kv_.part_bytes() / kv_.kv_heads;
+  for (int b = first; b < first + FIRST_BLOCKS && b <= last; ++b)
+    for (const uint8_t* part : {kv_.k_part(seq.blocks[b], layer), kv_.v_part(seq.blocks[b], layer)})
+      for (size_t at = 0; at < head; at += 64) __builtin_prefetch(part + u.kv_head * head + at, 0, 2);
 }
 
 void Executor::attention_unit(int thread, int layer, const AttentionUnit& u) {

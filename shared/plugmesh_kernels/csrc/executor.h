@@ -83,6 +83,8 @@ class Executor {
 
   void plan(const std::vector<StepSequence>& sequences);
   void plan_attention();
+  void size_buffers();
+  void keep_wanted_rows();
   void step(int thread, int32_t* best, float* logits);
   void embed();
   void encode_norm(const float* x, const float* weight, int first, int num, InputBuffer& to, int to_row, std::vector<float>& row);
@@ -96,7 +98,7 @@ class Executor {
   void append_head(int layer, int row, int kv_head);
   void attention(int thread, int layer);
   void attention_unit(int thread, int layer, const AttentionUnit& u);
-  void merge_rows(int first, int num, std::vector<float>& scratch);
+  void fetch_first_keys(int layer, const AttentionUnit& u) const;
   const InputBuffer& heads_encoded(int thread);
   void gate_up(int thread, const LayerWeights& w, const InputBuffer& x);
   void head(int thread, int32_t* best, float* logits);

@@ -288,6 +288,7 @@ PM_INLINE __m512 load_padded(const float* x, int i, int k) {
 }
 
 void quantize_row(const float* x, int k, QuantPiece* to, size_t stride) {
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   for (int p = 0; p * INPUT_GROUP < k; ++p, to += stride) {
     __m512 v[4];
     __m512i magnitude = _mm512_setzero_si512();
@@ -297,23 +298,31 @@ void quantize_row(const float* x, int k, QuantPiece* to, size_t stride) {
       magnitude = _mm512_max_epu32(magnitude, _mm512_and_si512(_mm512_castps_si512(v[i]), _mm512_set1_epi32(0x7fffffff)));
     }
     const uint32_t bits = _mm512_reduce_max_epu32(magnitude);
+    if (__builtin_expect(bits >= 0x7f800000u, 0)) {
+      memset(to, 0, sizeof *to);
+      to->scale = __builtin_nanf("");
+      continue;
+    }
     float max;
     memcpy(&max, &bits, 4);
-    const bool finite = bits < 0x7f800000u, zero = !finite || max < QUANT_TINY;
-    to->scale = !finite ? __builtin_nanf("") : zero ? 0.0f : max / 127.0f;
-    const __m512 inverse = _mm512_set1_ps(zero ? 0.0f : 127.0f / max);
-    const __mmask16 keep = zero ? 0 : 0xffff;  // infinity * 0 is not 0
-    __m512i sums[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
-    for (int i = 0; i < 4; ++i) {
-      const __m512i n = _mm512_maskz_cvtps_epi32(keep, _mm512_mul_ps(v[i], inverse));
-      sums[i / 2] = _mm512_add_epi32(sums[i / 2], n);
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(to->q + 16 * i), _mm512_cvtepi32_epi8(n));
+    if (max < QUANT_TINY) {
+      memset(to, 0, sizeof *to);
+      continue;
     }
-    for (int g = 0; g < 2; ++g) {
-      const int total = _mm512_reduce_add_epi32(sums[g]);
-      to->sum[g] = static_cast<float>(total);
-      to->init[g] = -128 * total;
-    }
+    const __m128 quotients = _mm_div_ps(_mm_setr_ps(max, 127.0f, 0.0f, 0.0f), _mm_setr_ps(127.0f, max, 1.0f, 1.0f));
+    to->scale = _mm_cvtss_f32(quotients);
+    const __m512 inverse = _mm512_broadcastss_ps(_mm_movehdup_ps(quotients));
+    __m512i n[4];
+    for (int i = 0; i < 4; ++i) n[i] = _mm512_cvtps_epi32(_mm512_mul_ps(v[i], inverse));
+    // Packing works within 128 bits; the permutation brings the words of four bytes back into order.
+    const __m512i q = _mm512_permutexvar_epi32(order, _mm512_packs_epi16(_mm512_packs_epi32(n[0], n[1]), _mm512_packs_epi32(n[2], n[3])));
+    _mm512_storeu_si512(to->q, q);
+    const __m512i sums = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(1), q);
+    __m256i both = _mm256_hadd_epi32(_mm512_castsi512_si256(sums), _mm512_extracti64x4_epi64(sums, 1));
+    both = _mm256_hadd_epi32(both, both);
+    const __m128i total = _mm_add_epi32(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1));
+    _mm_storel_pi(reinterpret_cast<__m64*>(to->sum), _mm_cvtepi32_ps(total));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(to->init), _mm_sub_epi32(_mm_setzero_si128(), _mm_slli_epi32(total, 7)));
   }
 }
 
