@@ -16,7 +16,7 @@ class Settings(ServiceSettings):
     dtype: Literal["bfloat16", "float32"] = "float32"         # of the torch executor
     kv_dtype: Literal["bfloat16", "int8"] = "bfloat16"        # of the native executor's KV
     device: str = "cpu"
-    num_kv_blocks: int = pydantic.Field(4096, ge=8, le=1 << 20)
+    num_kv_blocks: int = pydantic.Field(1024, ge=8, le=1 << 20)
     max_num_sequences: int = pydantic.Field(64, ge=1, le=1024)
     max_tokens_per_step: int = pydantic.Field(512, ge=1, le=65536)
     max_model_len: int = pydantic.Field(0, ge=0)              # 0: the model's context length

@@ -68,7 +68,6 @@ class Generation:
     task: asyncio.Task[None] | None = None
     deadline: asyncio.TimerHandle | None = None
     in_engine: bool = False
-    num_own_prefix: int | None = None           # prompt tokens in the engine's own cache, where it was asked already
     span: Span = field(default_factory=lambda: Span(""))
 
 
@@ -172,9 +171,8 @@ class Generator:
         ids = g.request.token_ids
         if num_prefill == 0 or len(ids) < self.settings.remote_prefill_min_tokens:
             return False
-        cached, running = await self.driver.call(lambda e: (e.cached_prefix(ids), e.stats().num_running))
-        g.num_own_prefix = cached  # asking again would wait for another step
-        choice = self.plugins.guard(self.policy.name, self.policy.choose, len(ids) - cached, running, num_prefill)
+        cached = self.driver.cached_prefix(ids)  # without waiting for a step
+        choice = self.plugins.guard(self.policy.name, self.policy.choose, len(ids) - cached, self.driver.num_running, num_prefill)
         return choice == "remote"
 
     async def _prefill_locally(self, g: Generation) -> None:
@@ -182,10 +180,7 @@ class Generator:
         ids = g.request.token_ids
         if self.stores is not None and not g.request.no_prefix_cache and len(ids) > BLOCK_TOKENS and self.stores.nearest():
             chain = block_chain(self.layout.key(), ids[: len(ids) - 1])
-            cached = g.num_own_prefix
-            if cached is None:
-                cached = await self.driver.call(lambda e: e.cached_prefix(ids))
-            if cached < len(chain) * BLOCK_TOKENS:
+            if self.driver.cached_prefix(ids) < len(chain) * BLOCK_TOKENS:
                 sources = await self._pin(g, chain, len(ids))
         await self._submit(g, sources)
 

@@ -16,7 +16,7 @@ class Settings(ServiceSettings):
     dtype: Literal["bfloat16", "float32"] = "float32"         # of the torch executor
     kv_dtype: Literal["bfloat16", "int8"] = "bfloat16"        # of the native executor's KV
     device: str = "cpu"
-    num_kv_blocks: int = pydantic.Field(2048, ge=8, le=1 << 20)
+    num_kv_blocks: int = pydantic.Field(520, ge=8, le=1 << 20)
     max_tokens_per_step: int = pydantic.Field(256, ge=1, le=65536)  # one chunk
     max_model_len: int = pydantic.Field(0, ge=0)
     max_jobs: int = pydantic.Field(8, ge=1, le=256)                 # taken from the queue and not yet done

@@ -12,7 +12,7 @@ import concurrent.futures
 import contextlib
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -115,6 +115,15 @@ class EngineDriver:
 
         self._post(command)
         return await asyncio.wrap_future(result)
+
+    def cached_prefix(self, token_ids: Sequence[int]) -> int:
+        """`Engine.cached_prefix` at once, from any thread: it only looks names up, and a step may make the answer old at any time anyway."""
+        return self._engine.cached_prefix(token_ids)
+
+    @property
+    def num_running(self) -> int:
+        """Sequences that run, as of now, from any thread."""
+        return self._engine.num_running
 
     def _post(self, command: Callable[[Engine], Any]) -> None:
         self._commands.append(command)

@@ -169,10 +169,15 @@ class Engine:
         return self._pool.read(blocks[block_index])
 
     def cached_prefix(self, token_ids: Sequence[int]) -> int:
-        """Tokens at the start of a prompt whose KV the prefix cache holds; full blocks only. Changes nothing."""
+        """Tokens at the start of a prompt whose KV the prefix cache holds; full blocks only. Changes nothing; other threads may ask."""
         if not self.config.prefix_cache:
             return 0
         return len(self._pool.prefix.match(block_chain(self._layout_key, token_ids))) * BLOCK_TOKENS
+
+    @property
+    def num_running(self) -> int:
+        """Sequences that run; one whose siblings wait for their common prompt counts for all of them."""
+        return sum(s.num_slots for s in tuple(self._running))
 
     def has_work(self) -> bool:
         """Whether `step` has something to do or to tell."""

@@ -71,7 +71,7 @@ def test_products_at_model_sizes(bits: int, n: int, k: int) -> None:
 
 def test_a_captured_step_gives_what_its_kernels_give_one_by_one() -> None:
     from plugmesh_engine.executors.cuda import CudaExecutor, CudaModel
-    from plugmesh_kernels.gpu.bench import random_model
+    from plugmesh_engine.gpu_bench import random_model
     from plugmesh_kernels.gpu.compile import SMOLLM2
 
     graph = random_model(SMOLLM2, 4, 4, 2048, CUDA, torch.bfloat16)
@@ -123,7 +123,7 @@ def test_the_default_model_continues_a_text_as_on_the_cpu(tmp_path: pathlib.Path
 
 
 def test_the_benchmark_gives_plausible_figures() -> None:
-    from plugmesh_kernels.gpu import bench
+    from plugmesh_engine import gpu_bench as bench
     from plugmesh_kernels.gpu.compile import SMOLLM2
 
     timer = bench.cuda_timer(5)

@@ -1,6 +1,6 @@
 """Times the kernels and the whole decode step on a GPU, against its memory and against torch.
 
-    python -m plugmesh_kernels.gpu.bench [--shape smollm2-135m] [--json PATH] [--quick]
+    python -m plugmesh_engine.gpu_bench [--shape smollm2-135m] [--json PATH] [--quick]
 
 Shapes are those of SmolLM2-135M and of an 8-billion-parameter Llama, with random weights: times do not depend on values. Each time is the median over
 repetitions between two CUDA events, with the L2 cache overwritten before each, so that weights come from memory as they do in a model. "of copy" is the
@@ -230,7 +230,7 @@ def random_model(s: Shape, bits: int, num_layers: int, max_position: int, device
 
 def steps(s: Shape, plan: Plan, timer: Timer, device: str, num_layers: int) -> list[Result]:
     """Whole decode steps of the executor, with and without captured graphs; the second column is without. The host's part is in both."""
-    from plugmesh_engine import EngineConfig  # upwards, and here only: what is measured is the kernels' use
+    from plugmesh_engine import EngineConfig
     from plugmesh_engine.batch import Rows
     from plugmesh_engine.executors.cuda import CudaExecutor, CudaModel
 
@@ -277,7 +277,7 @@ def table(results: Sequence[Result], copy: float) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m plugmesh_kernels.gpu.bench", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m plugmesh_engine.gpu_bench", description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=[SMOLLM2.name, LLAMA_8B.name], action="append", help="default: both")
     parser.add_argument("--json", type=pathlib.Path, help="also write the results here")
     parser.add_argument("--quick", action="store_true", help="fewer cases")

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from plugmesh_kernels.gpu import bench
+from plugmesh_engine import gpu_bench as bench
 from plugmesh_kernels.gpu.compile import Shape
 
 TINY = Shape("tiny", 64, 96, 2, 1, 16, 200)
