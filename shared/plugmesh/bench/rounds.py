@@ -11,6 +11,7 @@ import pathlib
 import platform
 import sys
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -33,6 +34,11 @@ class Progress:
     say: Callable[[str], None] = lambda text: None
     begin: Callable[[int], None] = lambda num_runs: None
     done: Callable[[str], None] = lambda text: None
+
+
+def seed_of(measure: Measure, seed: int, number: int) -> int:
+    """Of a measure's prompts in a round. With one stream of random numbers for all measures, prompts would begin like those of an earlier one, and caches find them."""
+    return (seed * 1_000_003 + number + 1) << 32 | zlib.crc32(measure.name.encode())
 
 
 async def run_rounds(
@@ -65,7 +71,7 @@ async def run_rounds(
             for measure in chosen:
                 if number >= num_of[measure.name]:
                     continue
-                conversations = measure.build(seed * 1_000_003 + number + 1)
+                conversations = measure.build(seed_of(measure, seed, number))
                 turn = [s for x, s in jobs if x is measure]
                 shift = (number + 1) % max(1, len(turn))  # who is first changes, so that nobody always follows the same neighbour
                 for system in [*turn[shift:], *turn[:shift]]:

@@ -15,7 +15,7 @@ from plugmesh.bench.html import page
 from plugmesh.bench.http_client import Client
 from plugmesh.bench.measures import Line, Measure, compare
 from plugmesh.bench.peers import BATCH, PEERS
-from plugmesh.bench.rounds import Progress, run_rounds
+from plugmesh.bench.rounds import Progress, run_rounds, seed_of
 from plugmesh.bench.serve import ServePlan, run_serve
 from plugmesh.bench.systems import HttpSystem, PeerSystem, Setting, check_answer, served_model
 from plugmesh.bench.table import print_report, print_run
@@ -170,6 +170,19 @@ def test_measures_send_what_their_names_say(name):
     assert all(len(c.prompt) + c.max_tokens <= x.profile.max_len for c in calls)
     if x.systems == ():
         assert str(len(calls[0].prompt)) in (*name.split("_"), "128")
+
+
+def test_no_prompt_begins_like_one_of_another_measure_or_round():
+    """A prefix cache must find nothing but what a measure itself repeats."""
+    seen: dict[tuple[int, ...], str] = {}
+
+    for name, x in m.MEASURES.items():
+        if name in ("prefix_shared", "long_7000"):
+            continue
+        for number in range(3):
+            for conversation in x.build(seed_of(x, 0, number)):
+                head = conversation[0].prompt[:16]
+                assert seen.setdefault(head, f"{name} {number}") == f"{name} {number}"
 
 
 def test_an_environment_that_was_not_finished_is_not_installed(tmp_path):
