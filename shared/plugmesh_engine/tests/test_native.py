@@ -143,8 +143,10 @@ def test_company_chunks_and_threads_change_no_bit(kind, kv_dtype, data):
             if n:
                 rows.append(Rows(tokens[done[i] : done[i] + n], done[i], blocks[i], int(n == left), True))
                 who.append((i, n))
-        if not rows:
-            break  # nobody was drawn: whoever is left is not compared
+        if not rows:  # nobody was drawn: the first who is left goes on, so that everybody is compared in the end
+            i = next(i for i, tokens in enumerate(sequences) if done[i] < len(tokens))
+            n = len(sequences[i]) - done[i]
+            rows, who = [Rows(sequences[i][done[i] :], done[i], blocks[i], 1, True)], [(i, n)]
         logits = list(two.run(rows).logits)
         for i, n in who:
             done[i] += n
@@ -153,7 +155,23 @@ def test_company_chunks_and_threads_change_no_bit(kind, kv_dtype, data):
     two.close()
 
     for a, b in zip(alone, together, strict=True):
-        assert b is None or np.array_equal(a, b)
+        assert b is not None
+        assert np.array_equal(a, b)
+
+
+@pytest.mark.parametrize("kv_dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize("last", [1, 2, 5])
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_keys_that_threads_share_give_the_bits_of_a_whole_prompt(num_threads, last, kv_dtype):
+    """A few rows after a long context: their splits of the keys are computed apart and merged, which a whole prompt does within one unit."""
+    model, reference = native_model("q4_1", **WIDE)
+    e = executor(model, num_threads=num_threads, kv_dtype=kv_dtype)
+    tokens = prompt(1100, 4, model.config.vocab_size)
+    whole, apart = run_alone(e, tokens, [1100]), run_alone(e, tokens, [1100 - last, last], first_block=100)
+    e.close()
+
+    assert np.array_equal(whole, apart)
+    assert np.abs(whole - reference.next_logits(tokens)).max() < 0.12 * whole.std()
 
 
 def test_the_best_token_is_the_argmax_of_the_logits_for_every_wanted_row():
