@@ -26,6 +26,14 @@ class Claim(StrictModel):
     setting: str                     # "Mistral-7B, one A100, strict SLO"
 
 
+class Trial(StrictModel):
+    """`[ab]`: how `plugmesh ab` runs the plugin; by default it is loaded in all of its services with its default settings."""
+
+    base: Mapping[str, Mapping[str, Any]] = {}      # service to keys that both sides get: {"decode": {"replicas": 2}}
+    services: Mapping[str, Mapping[str, Any]] = {}  # service to keys that only the side with the plugin gets: {"decode": {"weight_format": "mine"}}
+    settings: Mapping[str, Any] = {}                # [plugins.<slug>]
+
+
 class Card(StrictModel):
     """`plugin.toml`. Names of settings and hooks are checked against the code by the conformance suite."""
 
@@ -44,6 +52,7 @@ class Card(StrictModel):
     conflicts: tuple[str, ...] = ()     # slugs, or "provides:<capability>" for any other provider in the same service
     all_of: tuple[Service, ...] = ()    # services that must all load it when one does
     claim: Claim | None = None
+    ab: Trial = Trial()
 
 
 def package_of(slug: str) -> str:

@@ -19,6 +19,9 @@
         | on_request_finished              observers, isolated by the host
     process stops
       | on_service_stopping
+    plugmesh ab (tools)
+        | WorkloadRecord.build             per round           <- register_workloads
+        | QualityMetricRecord.observe      per side            <- register_quality_metrics
 
 Three tiers: a hook runs once per process and returns records (`plugmesh.records`); a record builds an object per process,
 engine or request; plain methods of that object run per request or per step. Hooks are called by keyword; an implementation
@@ -33,7 +36,15 @@ import pluggy
 
 if TYPE_CHECKING:
     from plugmesh.host import PluginContext
-    from plugmesh.records import DraftRecord, KvHandOverRecord, PrefillPolicyRecord, RouterRecord, SchedulerRecord
+    from plugmesh.records import (
+        DraftRecord,
+        KvHandOverRecord,
+        PrefillPolicyRecord,
+        QualityMetricRecord,
+        RouterRecord,
+        SchedulerRecord,
+        WorkloadRecord,
+    )
 
 hookspec = pluggy.HookspecMarker("plugmesh")
 hookimpl = pluggy.HookimplMarker("plugmesh")
@@ -149,4 +160,32 @@ def on_service_stopping() -> None:
     Returns: nothing.
     Raising: logged with the plugin's name.
     Example: plugins/plugmesh_splitwise/plugin.py
+    """
+
+
+@hookspec
+def register_quality_metrics(context: PluginContext) -> list[QualityMetricRecord]:
+    """Measures of what plugins do to the output; the core's own come through this door, too.
+
+    Runs in: tools.
+    When: when `plugmesh ab` starts a side.  How often: once per side.
+    Combines: all lists are joined.
+    Arguments: context: the plugin's settings and facts of the process.
+    Returns: records, or an empty list.
+    Raising: stops the command with the plugin's name; an error in `observe` or `compare` is reported for that metric alone.
+    Example: shared/plugmesh/quality/core.py
+    """
+
+
+@hookspec
+def register_workloads(context: PluginContext) -> list[WorkloadRecord]:
+    """Work that shows what a plugin is for; `plugmesh ab` runs it beside the core's own.
+
+    Runs in: tools.
+    When: when `plugmesh ab` starts.  How often: once.
+    Combines: all lists are joined.
+    Arguments: context: the plugin's settings and facts of the process.
+    Returns: records, or an empty list.
+    Raising: stops the command with the plugin's name.
+    Example: plugins/plugmesh_ngram_draft/plugin.py
     """

@@ -7,7 +7,7 @@ engine's protocols (`plugmesh_engine.seams`) only as types of what `build` retur
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -147,3 +147,115 @@ class PrefillPolicyRecord:
 
     name: str
     choose: Callable[[int, int, int], Literal["local", "remote"]]
+
+
+class QualitySubject(Protocol):
+    """One side of a quality comparison: a model as it runs with or without plugins, or the float32 reference.
+
+    Attributes:
+        kinds: What this side can do: "logits" (`logits`), "tokens" (`generate`), "answers" (`answer`). A metric runs where all that it needs is there.
+        seed: Draws from it are the same on every side.
+        is_quick: Only to see that everything runs; use the smallest size that does.
+        context_tokens: Longest prompt plus output.
+    """
+
+    kinds: frozenset[str]
+    seed: int
+    is_quick: bool
+    context_tokens: int
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without anything that begins or ends a document."""
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of ids, control tokens left out."""
+
+    def english(self) -> str:
+        """Some 700,000 characters, the same on every machine with this Python."""
+
+    def logits(self, token_ids: Sequence[int], *, chunk_tokens: int = 32) -> Iterator[Any]:
+        """Teacher-forced logits: arrays (n, vocab) float32 that together have one row per token, in order, each valid until the next.
+
+        `chunk_tokens` are computed together; what a codec does to the KV of earlier chunks is in later chunks' rows.
+        """
+
+    def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int, *, temperature: float = 0.0, seed: int = 0) -> list[list[int]]:
+        """Token ids after each prompt, all prompts at once; prompt i draws with `seed + i`. Ends at the model's end of text."""
+
+    def answer(self, questions: Sequence[str], max_tokens: int) -> list[str]:
+        """The greedy answer to each question, as a chat of one message."""
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """What one side showed to a quality metric.
+
+    Attributes:
+        figures: By name, for the report.
+        arrays: numpy arrays (numbers and booleans only) that `compare` needs, one row per item where intervals are wanted; they may be large, and
+            travel between processes as files.
+    """
+
+    figures: Mapping[str, float]
+    arrays: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class QualityDelta:
+    """How far one side is from another in one figure, with its 95 % interval; low equals high where there is none."""
+
+    name: str
+    value: float
+    low: float
+    high: float
+    better: Literal["lower", "higher"]
+
+
+@dataclass(frozen=True, slots=True)
+class QualityMetricRecord:
+    """A measure of what a plugin does to the output.
+
+    Attributes:
+        needs: Of `QualitySubject.kinds`.
+        observe: Runs once per side, in that side's process, and must draw the same items from the subject's seed on every side.
+        compare: `compare(without, with_)` gives deltas from the observations of two sides.
+        uses_reference: Whether it also runs on the float32 reference, which only has logits.
+    """
+
+    name: str
+    title: str
+    needs: frozenset[str]
+    observe: Callable[[QualitySubject], Observation]
+    compare: Callable[[Observation, Observation], Sequence[QualityDelta]]
+    uses_reference: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class WorkloadContext:
+    """What a workload may use to make prompts. `english` as in `QualitySubject`."""
+
+    seed: int
+    vocab_size: int
+    encode: Callable[[str], list[int]]
+    english: Callable[[], str]
+
+
+@dataclass(frozen=True, slots=True)
+class WorkloadRecord:
+    """Work whose speed `plugmesh ab` measures with and without a plugin, greedy and of exact length.
+
+    Attributes:
+        build: Conversations, each a sequence of (prompt ids, tokens to generate) that follow one another; the same for the same seed.
+        streams: Callers at once.
+        figure: Path in a run's summary that this is about: "output_tok_s", "decode_tok_s", "prefill_tok_s", "ttft_ms.p50", "itl_ms.p99" and so on.
+        tiers: Where it runs: "engine" (one process), "served" (a mesh over HTTP).
+        use_cache: Whether prefixes may be found again.
+    """
+
+    name: str
+    title: str
+    build: Callable[[WorkloadContext], Sequence[Sequence[tuple[Sequence[int], int]]]]
+    streams: int = 1
+    figure: str = "output_tok_s"
+    tiers: tuple[str, ...] = ("engine", "served")
+    use_cache: bool = True

@@ -40,6 +40,8 @@ LAYERS = {
     "plugmesh_engine": 5,
     "plugmesh.supervisor": 6,
     "plugmesh.bench": 7,
+    "plugmesh.quality": 6,
+    "plugmesh.ab": 7,
     "plugmesh.cli": 7,
     "plugmesh.testing": 7,
     **{name: 10 for name in (*SERVICES, *PLUGINS)},
