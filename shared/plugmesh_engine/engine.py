@@ -7,7 +7,7 @@ import itertools
 import secrets
 import time
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any
 
@@ -22,7 +22,7 @@ from plugmesh_engine.batch import Rows, StepResult
 from plugmesh_engine.config import EngineConfig
 from plugmesh_engine.kv.pool import BlockPool, OutOfBlocks
 from plugmesh_engine.kv.view import PoolView
-from plugmesh_engine.measure import measure_step_ms
+from plugmesh_engine.measure import measure_step_ms, teacher_forced
 from plugmesh_engine.requests import BlockReady, EngineRequest, EngineStats, StepOutput, TokenEvent
 from plugmesh_engine.sampler import Choose, SampleRow, needs_counts, sample
 from plugmesh_engine.scheduler import FcfsScheduler
@@ -206,6 +206,10 @@ class Engine:
     def measure_step_ms(self, num_prefill_tokens: int, num_decodes: int, kv_tokens: int) -> float:
         """Milliseconds of one synthetic step; see `plugmesh.records.SchedulerContext`. Leaves the engine as it was. Raises Overloaded when blocks are short."""
         return measure_step_ms(self._executor, self._pool, self.model.config.vocab_size, num_prefill_tokens, num_decodes, kv_tokens)
+
+    def logits(self, token_ids: Sequence[int], *, chunk_tokens: int = 32) -> Iterator[np.ndarray]:
+        """Logits after every token of a text, chunk by chunk, past scheduler, drafts and sampler; see `measure.teacher_forced`. No step may run meanwhile."""
+        return teacher_forced(self._executor, self._pool, token_ids, chunk_tokens)
 
     def close(self) -> None:
         """Ends the executor's threads. No other method may be called afterwards."""
