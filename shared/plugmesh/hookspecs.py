@@ -7,6 +7,7 @@
       v
     service announced in the mesh
       request arrives (gateway)
+        | AdmissionPolicy.admit            per request         <- register_admission
         | Router.route                     per request         <- register_routers
       request reaches decode
         | PrefillPolicyRecord.choose       per request         <- register_prefill_policies
@@ -37,6 +38,7 @@ import pluggy
 if TYPE_CHECKING:
     from plugmesh.host import PluginContext
     from plugmesh.records import (
+        AdmissionRecord,
         DraftRecord,
         KvHandOverRecord,
         PrefillPolicyRecord,
@@ -48,6 +50,21 @@ if TYPE_CHECKING:
 
 hookspec = pluggy.HookspecMarker("plugmesh")
 hookimpl = pluggy.HookimplMarker("plugmesh")
+
+
+@hookspec
+def register_admission(context: PluginContext) -> list[AdmissionRecord]:
+    """Rules for who may come in now.
+
+    Runs in: gateway.
+    When: at process start.  How often: once.
+    Combines: every policy must let a request in; they are asked in reverse order of registration, so that the core's own,
+        which may let a request wait for a place, comes last.
+    Arguments: context: the plugin's settings and facts of the process.
+    Returns: records, or an empty list.
+    Raising: stops the start with the plugin's name; an error in `AdmissionPolicy.admit` or `take_tokens` costs that request.
+    Example: plugins/plugmesh_aibrix_routing/plugin.py
+    """
 
 
 @hookspec

@@ -104,6 +104,7 @@ QUEUES: dict[str, QueueSpec] = {
 # Who publishes what on the bus; every role may listen to everything.
 TOPICS: dict[str, tuple[str, ...]] = {
     "kv.events": ("kvstore",),
+    "decode.kv_events": ("decode",),
     "weights.events": ("weightstore",),
 }
 

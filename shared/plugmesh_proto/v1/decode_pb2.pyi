@@ -1,4 +1,5 @@
 from plugmesh_proto.v1 import common_pb2 as _common_pb2
+from plugmesh_proto.v1 import kvstore_pb2 as _kvstore_pb2
 from plugmesh_proto.v1 import prefill_pb2 as _prefill_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper

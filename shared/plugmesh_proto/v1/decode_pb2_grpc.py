@@ -4,6 +4,7 @@ import grpc
 import warnings
 
 from plugmesh_proto.v1 import decode_pb2 as plugmesh__proto_dot_v1_dot_decode__pb2
+from plugmesh_proto.v1 import kvstore_pb2 as plugmesh__proto_dot_v1_dot_kvstore__pb2
 from plugmesh_proto.v1 import prefill_pb2 as plugmesh__proto_dot_v1_dot_prefill__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
@@ -56,6 +57,11 @@ class DecodeStub:
                 request_serializer=plugmesh__proto_dot_v1_dot_decode__pb2.DecodeStatusRequest.SerializeToString,
                 response_deserializer=plugmesh__proto_dot_v1_dot_decode__pb2.DecodeStatus.FromString,
                 _registered_method=True)
+        self.KvSnapshot = channel.unary_stream(
+                '/plugmesh_proto.v1.Decode/KvSnapshot',
+                request_serializer=plugmesh__proto_dot_v1_dot_kvstore__pb2.SnapshotRequest.SerializeToString,
+                response_deserializer=plugmesh__proto_dot_v1_dot_kvstore__pb2.SnapshotPage.FromString,
+                _registered_method=True)
 
 
 class DecodeServicer:
@@ -90,6 +96,14 @@ class DecodeServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def KvSnapshot(self, request, context):
+        """The blocks of this instance's prefix cache. The first call makes the instance publish changes (KvEvent, on the
+        bus's topic "decode.kv_events"): nobody can use a change who does not know what came before it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_DecodeServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -112,6 +126,11 @@ def add_DecodeServicer_to_server(servicer, server):
                     servicer.Status,
                     request_deserializer=plugmesh__proto_dot_v1_dot_decode__pb2.DecodeStatusRequest.FromString,
                     response_serializer=plugmesh__proto_dot_v1_dot_decode__pb2.DecodeStatus.SerializeToString,
+            ),
+            'KvSnapshot': grpc.unary_stream_rpc_method_handler(
+                    servicer.KvSnapshot,
+                    request_deserializer=plugmesh__proto_dot_v1_dot_kvstore__pb2.SnapshotRequest.FromString,
+                    response_serializer=plugmesh__proto_dot_v1_dot_kvstore__pb2.SnapshotPage.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -223,6 +242,33 @@ class Decode:
             '/plugmesh_proto.v1.Decode/Status',
             plugmesh__proto_dot_v1_dot_decode__pb2.DecodeStatusRequest.SerializeToString,
             plugmesh__proto_dot_v1_dot_decode__pb2.DecodeStatus.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def KvSnapshot(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/plugmesh_proto.v1.Decode/KvSnapshot',
+            plugmesh__proto_dot_v1_dot_kvstore__pb2.SnapshotRequest.SerializeToString,
+            plugmesh__proto_dot_v1_dot_kvstore__pb2.SnapshotPage.FromString,
             options,
             channel_credentials,
             insecure,
