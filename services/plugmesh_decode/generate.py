@@ -301,6 +301,8 @@ class Generator:
             info = row.tokens.add()
             info.token_id = token.token_id
             info.logprob = token.logprob
+            if token.confidence:
+                info.confidence = token.confidence
             for token_id, logprob in token.top:
                 info.top.add(token_id=token_id, logprob=logprob)
         g.num_generated += len(event.tokens)

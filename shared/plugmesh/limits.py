@@ -15,6 +15,7 @@ from plugmesh.types import SamplingParams
 INT32_MAX = 2**31 - 1
 INT64_MAX = 2**63 - 1
 MAX_TOP_LOGPROBS = 20
+MAX_CONFIDENCE_TOP_K = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,7 @@ def check_sampling(params: SamplingParams, limits: Limits = DEFAULT, *, vocab_si
     _between("top_logprobs", params.top_logprobs, 0, MAX_TOP_LOGPROBS)
     if params.top_logprobs and not params.logprobs:
         raise InvalidRequest("top_logprobs needs logprobs to be true", param="top_logprobs")
+    _between("confidence_top_k", params.confidence_top_k, 0, MAX_CONFIDENCE_TOP_K)
     _at_most("logit_bias", len(params.logit_bias), limits.max_logit_bias, "entries")
     for token_id, bias in params.logit_bias.items():
         check_token_id("logit_bias", token_id, vocab_size)

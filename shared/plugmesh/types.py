@@ -30,7 +30,9 @@ class SamplingParams:
 
     Order in the sampler: logit bias, repetition, presence and frequency penalties, min_tokens,
     then temperature, top-k, top-p, min-p. Log-probabilities are those of the distribution after
-    bias and penalties and before temperature and filters.
+    bias and penalties and before temperature and filters. The confidence of a token is
+    -(1/k) times the sum of the log-probabilities of the k = `confidence_top_k` most likely tokens
+    of the model's own distribution, before any of that; 0 is off.
     """
 
     temperature: float = 1.0
@@ -49,15 +51,17 @@ class SamplingParams:
     logprobs: bool = False
     top_logprobs: int = 0
     num_sequences: int = 1
+    confidence_top_k: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class TokenInfo:
-    """One generated token; `top` holds (token id, log-probability), best first."""
+    """One generated token; `top` holds (token id, log-probability), best first; `confidence` is 0 unless asked for."""
 
     token_id: int
     logprob: float = 0.0
     top: tuple[tuple[int, float], ...] = ()
+    confidence: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ def sampling_to_pb(p: types.SamplingParams) -> pb.SamplingParams:
         repetition_penalty=p.repetition_penalty, presence_penalty=p.presence_penalty,
         frequency_penalty=p.frequency_penalty, max_tokens=p.max_tokens, min_tokens=p.min_tokens,
         stop_token_ids=p.stop_token_ids, ignore_eos=p.ignore_eos, logprobs=p.logprobs,
-        top_logprobs=p.top_logprobs, num_sequences=p.num_sequences,
+        top_logprobs=p.top_logprobs, num_sequences=p.num_sequences, confidence_top_k=p.confidence_top_k,
     )
     out.logit_bias.update(p.logit_bias)
     if p.seed is not None:
@@ -54,15 +54,17 @@ def sampling_from_pb(m: pb.SamplingParams) -> types.SamplingParams:
         logprobs=m.logprobs,
         top_logprobs=m.top_logprobs,
         num_sequences=m.num_sequences or 1,
+        confidence_top_k=m.confidence_top_k,
     )
 
 
 def token_to_pb(t: types.TokenInfo) -> pb.TokenInfo:
-    return pb.TokenInfo(token_id=t.token_id, logprob=t.logprob, top=[pb.TopLogprob(token_id=i, logprob=lp) for i, lp in t.top])
+    return pb.TokenInfo(
+        token_id=t.token_id, logprob=t.logprob, top=[pb.TopLogprob(token_id=i, logprob=lp) for i, lp in t.top], confidence=t.confidence)
 
 
 def token_from_pb(m: pb.TokenInfo) -> types.TokenInfo:
-    return types.TokenInfo(m.token_id, m.logprob, tuple((t.token_id, t.logprob) for t in m.top))
+    return types.TokenInfo(m.token_id, m.logprob, tuple((t.token_id, t.logprob) for t in m.top), m.confidence)
 
 
 def finish_to_pb(reason: types.FinishReason | None) -> pb.FinishReason:

@@ -53,12 +53,31 @@ def sample(logits: np.ndarray, rows: Sequence[SampleRow], choose: Choose | None 
         None for a row without a finite maximum (NaN or infinity in the model's output).
     """
     spoiled = [i for i, r in enumerate(rows) if _edits(r) and not np.isfinite(logits[i].max())]  # before an edit hides it
+    confidences = _confidences(logits, rows)  # of the model's own distribution: a bias or a mask would make any token look certain
     for i, r in enumerate(rows):
         if _edits(r):
             _edit(logits[i], r)
     logits[spoiled] = np.nan
     chosen = _choose(logits, rows, choose)
-    return _infos(logits, rows, chosen)
+    infos = _infos(logits, rows, chosen)
+    for i, confidence in confidences.items():
+        info = infos[i]
+        if info is not None:
+            infos[i] = TokenInfo(info.token_id, info.logprob, info.top, confidence)
+    return infos
+
+
+def _confidences(logits: np.ndarray, rows: Sequence[SampleRow]) -> dict[int, float]:
+    """Row to -(1/k) times the sum of its k best log-probabilities (DeepConf, arXiv:2508.15260), where k is asked for. A row on its own gives the same."""
+    wanted = [i for i, r in enumerate(rows) if r.params.confidence_top_k > 0]
+    if not wanted:
+        return {}
+    kernels = _kernels()
+    tell = kernels.logprobs_rows if kernels is not None else logprobs_rows
+    num_top = [min(rows[i].params.confidence_top_k, logits.shape[1]) for i in wanted]
+    tokens = np.zeros(len(wanted), np.int32)
+    _, _, values = tell(logits if len(wanted) == len(rows) else logits[wanted], tokens, max(num_top))
+    return {i: -float(values[at, :k].mean(dtype=np.float64)) for at, (i, k) in enumerate(zip(wanted, num_top, strict=True))}
 
 
 def needs_counts(params: SamplingParams) -> bool:
@@ -68,7 +87,7 @@ def needs_counts(params: SamplingParams) -> bool:
 
 def needs_logits(params: SamplingParams) -> bool:
     """Whether more than the best token of a row is wanted, `min_tokens` aside."""
-    return params.temperature > 0 or params.logprobs or bool(params.logit_bias) or needs_counts(params)
+    return params.temperature > 0 or params.logprobs or params.confidence_top_k > 0 or bool(params.logit_bias) or needs_counts(params)
 
 
 def uniforms(seeds: Sequence[int], sequences: Sequence[int], positions: Sequence[int]) -> np.ndarray:

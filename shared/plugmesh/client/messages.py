@@ -15,6 +15,7 @@ from plugmesh_proto.v1 import inference_pb2
 _SAMPLING = frozenset({
     "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "seed",
     "max_tokens", "min_tokens", "stop_token_ids", "ignore_eos", "logprobs", "top_logprobs", "n",
+    "confidence_top_k",
 })
 
 Prompt = str | Sequence[int]

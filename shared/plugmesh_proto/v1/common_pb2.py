@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1eplugmesh_proto/v1/common.proto\x12\x11plugmesh_proto.v1\"\x8a\x04\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\r\n\x05top_k\x18\x02 \x01(\x05\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x01\x88\x01\x01\x12\r\n\x05min_p\x18\x04 \x01(\x02\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x02H\x02\x88\x01\x01\x12\x18\n\x10presence_penalty\x18\x06 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x07 \x01(\x02\x12\x44\n\nlogit_bias\x18\x08 \x03(\x0b\x32\x30.plugmesh_proto.v1.SamplingParams.LogitBiasEntry\x12\x11\n\x04seed\x18\t \x01(\x03H\x03\x88\x01\x01\x12\x12\n\nmax_tokens\x18\n \x01(\x05\x12\x12\n\nmin_tokens\x18\x0b \x01(\x05\x12\x16\n\x0estop_token_ids\x18\x0c \x03(\x05\x12\x12\n\nignore_eos\x18\r \x01(\x08\x12\x10\n\x08logprobs\x18\x0e \x01(\x08\x12\x14\n\x0ctop_logprobs\x18\x0f \x01(\x05\x12\x15\n\rnum_sequences\x18\x10 \x01(\x05\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\x05\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x15\n\x13_repetition_penaltyB\x07\n\x05_seed\"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\x05\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"Z\n\tTokenInfo\x12\x10\n\x08token_id\x18\x01 \x01(\x05\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12*\n\x03top\x18\x03 \x03(\x0b\x32\x1d.plugmesh_proto.v1.TopLogprob\"\xb9\x01\n\tErrorInfo\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\r\n\x05param\x18\x03 \x01(\t\x12\x15\n\rretry_after_s\x18\x04 \x01(\x01\x12\x38\n\x06\x66ields\x18\x05 \x03(\x0b\x32(.plugmesh_proto.v1.ErrorInfo.FieldsEntry\x1a-\n\x0b\x46ieldsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x05\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\x05\x12\x15\n\rcached_tokens\x18\x03 \x01(\x05\"\x9e\x01\n\x08KvLayout\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05\x63odec\x18\x02 \x01(\t\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x12\n\nnum_layers\x18\x04 \x01(\x05\x12\x14\n\x0cnum_kv_heads\x18\x05 \x01(\x05\x12\x10\n\x08head_dim\x18\x06 \x01(\x05\x12\x14\n\x0c\x62lock_tokens\x18\x07 \x01(\x05\x12\x13\n\x0b\x62lock_bytes\x18\x08 \x01(\x03*\x95\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1eplugmesh_proto/v1/common.proto\x12\x11plugmesh_proto.v1\"\xa4\x04\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\r\n\x05top_k\x18\x02 \x01(\x05\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x01\x88\x01\x01\x12\r\n\x05min_p\x18\x04 \x01(\x02\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x02H\x02\x88\x01\x01\x12\x18\n\x10presence_penalty\x18\x06 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x07 \x01(\x02\x12\x44\n\nlogit_bias\x18\x08 \x03(\x0b\x32\x30.plugmesh_proto.v1.SamplingParams.LogitBiasEntry\x12\x11\n\x04seed\x18\t \x01(\x03H\x03\x88\x01\x01\x12\x12\n\nmax_tokens\x18\n \x01(\x05\x12\x12\n\nmin_tokens\x18\x0b \x01(\x05\x12\x16\n\x0estop_token_ids\x18\x0c \x03(\x05\x12\x12\n\nignore_eos\x18\r \x01(\x08\x12\x10\n\x08logprobs\x18\x0e \x01(\x08\x12\x14\n\x0ctop_logprobs\x18\x0f \x01(\x05\x12\x15\n\rnum_sequences\x18\x10 \x01(\x05\x12\x18\n\x10\x63onfidence_top_k\x18\x11 \x01(\x05\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\x05\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x15\n\x13_repetition_penaltyB\x07\n\x05_seed\"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\x05\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"n\n\tTokenInfo\x12\x10\n\x08token_id\x18\x01 \x01(\x05\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12*\n\x03top\x18\x03 \x03(\x0b\x32\x1d.plugmesh_proto.v1.TopLogprob\x12\x12\n\nconfidence\x18\x04 \x01(\x02\"\xb9\x01\n\tErrorInfo\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\r\n\x05param\x18\x03 \x01(\t\x12\x15\n\rretry_after_s\x18\x04 \x01(\x01\x12\x38\n\x06\x66ields\x18\x05 \x03(\x0b\x32(.plugmesh_proto.v1.ErrorInfo.FieldsEntry\x1a-\n\x0b\x46ieldsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x05\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\x05\x12\x15\n\rcached_tokens\x18\x03 \x01(\x05\"\x9e\x01\n\x08KvLayout\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05\x63odec\x18\x02 \x01(\t\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x12\n\nnum_layers\x18\x04 \x01(\x05\x12\x14\n\x0cnum_kv_heads\x18\x05 \x01(\x05\x12\x10\n\x08head_dim\x18\x06 \x01(\x05\x12\x14\n\x0c\x62lock_tokens\x18\x07 \x01(\x05\x12\x13\n\x0b\x62lock_bytes\x18\x08 \x01(\x03*\x95\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,22 +35,22 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
   _globals['_ERRORINFO_FIELDSENTRY']._loaded_options = None
   _globals['_ERRORINFO_FIELDSENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=1151
-  _globals['_FINISHREASON']._serialized_end=1300
+  _globals['_FINISHREASON']._serialized_start=1197
+  _globals['_FINISHREASON']._serialized_end=1346
   _globals['_SAMPLINGPARAMS']._serialized_start=54
-  _globals['_SAMPLINGPARAMS']._serialized_end=576
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=470
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=518
-  _globals['_TOPLOGPROB']._serialized_start=578
-  _globals['_TOPLOGPROB']._serialized_end=625
-  _globals['_TOKENINFO']._serialized_start=627
-  _globals['_TOKENINFO']._serialized_end=717
-  _globals['_ERRORINFO']._serialized_start=720
-  _globals['_ERRORINFO']._serialized_end=905
-  _globals['_ERRORINFO_FIELDSENTRY']._serialized_start=860
-  _globals['_ERRORINFO_FIELDSENTRY']._serialized_end=905
-  _globals['_USAGE']._serialized_start=907
-  _globals['_USAGE']._serialized_end=987
-  _globals['_KVLAYOUT']._serialized_start=990
-  _globals['_KVLAYOUT']._serialized_end=1148
+  _globals['_SAMPLINGPARAMS']._serialized_end=602
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=496
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=544
+  _globals['_TOPLOGPROB']._serialized_start=604
+  _globals['_TOPLOGPROB']._serialized_end=651
+  _globals['_TOKENINFO']._serialized_start=653
+  _globals['_TOKENINFO']._serialized_end=763
+  _globals['_ERRORINFO']._serialized_start=766
+  _globals['_ERRORINFO']._serialized_end=951
+  _globals['_ERRORINFO_FIELDSENTRY']._serialized_start=906
+  _globals['_ERRORINFO_FIELDSENTRY']._serialized_end=951
+  _globals['_USAGE']._serialized_start=953
+  _globals['_USAGE']._serialized_end=1033
+  _globals['_KVLAYOUT']._serialized_start=1036
+  _globals['_KVLAYOUT']._serialized_end=1194
 # @@protoc_insertion_point(module_scope)

@@ -26,7 +26,7 @@ from plugmesh_proto.v1 import common_pb2 as plugmesh__proto_dot_v1_dot_common__p
 from plugmesh_proto.v1 import tokenizer_pb2 as plugmesh__proto_dot_v1_dot_tokenizer__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!plugmesh_proto/v1/inference.proto\x12\x11plugmesh_proto.v1\x1a\x1eplugmesh_proto/v1/common.proto\x1a!plugmesh_proto/v1/tokenizer.proto\"p\n\nChatPrompt\x12\x30\n\x08messages\x18\x01 \x03(\x0b\x32\x1e.plugmesh_proto.v1.ChatMessage\x12\x12\n\ntools_json\x18\x02 \x01(\t\x12\x1c\n\x14template_kwargs_json\x18\x03 \x01(\t\" \n\x0bTokenPrompt\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\"\x85\x02\n\x10InferenceRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12-\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x1d.plugmesh_proto.v1.ChatPromptH\x00\x12\x30\n\x06tokens\x18\x05 \x01(\x0b\x32\x1e.plugmesh_proto.v1.TokenPromptH\x00\x12\x33\n\x08sampling\x18\x06 \x01(\x0b\x32!.plugmesh_proto.v1.SamplingParams\x12\x0c\n\x04stop\x18\x07 \x03(\t\x12\x10\n\x08priority\x18\x08 \x01(\x05\x42\x08\n\x06prompt\"\xd3\x01\n\x0eInferenceEvent\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x05\x12\x0c\n\x04text\x18\x03 \x01(\t\x12,\n\x06tokens\x18\x04 \x03(\x0b\x32\x1c.plugmesh_proto.v1.TokenInfo\x12\x36\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x1f.plugmesh_proto.v1.FinishReason\x12\'\n\x05usage\x18\x06 \x01(\x0b\x32\x18.plugmesh_proto.v1.Usage\"\x92\x01\n\x0fInferenceResult\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x33\n\x07\x63hoices\x18\x03 \x03(\x0b\x32\".plugmesh_proto.v1.InferenceChoice\x12\'\n\x05usage\x18\x04 \x01(\x0b\x32\x18.plugmesh_proto.v1.Usage\"\x97\x01\n\x0fInferenceChoice\x12\x10\n\x08sequence\x18\x01 \x01(\x05\x12\x0c\n\x04text\x18\x02 \x01(\t\x12,\n\x06tokens\x18\x03 \x03(\x0b\x32\x1c.plugmesh_proto.v1.TokenInfo\x12\x36\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x1f.plugmesh_proto.v1.FinishReason\"\x19\n\x17ListServedModelsRequest\"Y\n\x0bServedModel\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\x03 \x01(\x05\x12\x12\n\nis_default\x18\x04 \x01(\x08\"G\n\x15ListServedModelsReply\x12.\n\x06models\x18\x01 \x03(\x0b\x32\x1e.plugmesh_proto.v1.ServedModel2\x9a\x02\n\tInference\x12T\n\x08Generate\x12#.plugmesh_proto.v1.InferenceRequest\x1a!.plugmesh_proto.v1.InferenceEvent0\x01\x12S\n\x08\x43omplete\x12#.plugmesh_proto.v1.InferenceRequest\x1a\".plugmesh_proto.v1.InferenceResult\x12\x62\n\nListModels\x12*.plugmesh_proto.v1.ListServedModelsRequest\x1a(.plugmesh_proto.v1.ListServedModelsReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!plugmesh_proto/v1/inference.proto\x12\x11plugmesh_proto.v1\x1a\x1eplugmesh_proto/v1/common.proto\x1a!plugmesh_proto/v1/tokenizer.proto\"p\n\nChatPrompt\x12\x30\n\x08messages\x18\x01 \x03(\x0b\x32\x1e.plugmesh_proto.v1.ChatMessage\x12\x12\n\ntools_json\x18\x02 \x01(\t\x12\x1c\n\x14template_kwargs_json\x18\x03 \x01(\t\" \n\x0bTokenPrompt\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\"\x9c\x02\n\x10InferenceRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12-\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x1d.plugmesh_proto.v1.ChatPromptH\x00\x12\x30\n\x06tokens\x18\x05 \x01(\x0b\x32\x1e.plugmesh_proto.v1.TokenPromptH\x00\x12\x33\n\x08sampling\x18\x06 \x01(\x0b\x32!.plugmesh_proto.v1.SamplingParams\x12\x0c\n\x04stop\x18\x07 \x03(\t\x12\x10\n\x08priority\x18\x08 \x01(\x05\x12\x15\n\rstrategy_json\x18\t \x01(\tB\x08\n\x06prompt\"\xea\x01\n\x0eInferenceEvent\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x05\x12\x0c\n\x04text\x18\x03 \x01(\t\x12,\n\x06tokens\x18\x04 \x03(\x0b\x32\x1c.plugmesh_proto.v1.TokenInfo\x12\x36\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x1f.plugmesh_proto.v1.FinishReason\x12\'\n\x05usage\x18\x06 \x01(\x0b\x32\x18.plugmesh_proto.v1.Usage\x12\x15\n\rstrategy_json\x18\x07 \x01(\t\"\xa9\x01\n\x0fInferenceResult\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x33\n\x07\x63hoices\x18\x03 \x03(\x0b\x32\".plugmesh_proto.v1.InferenceChoice\x12\'\n\x05usage\x18\x04 \x01(\x0b\x32\x18.plugmesh_proto.v1.Usage\x12\x15\n\rstrategy_json\x18\x05 \x01(\t\"\x97\x01\n\x0fInferenceChoice\x12\x10\n\x08sequence\x18\x01 \x01(\x05\x12\x0c\n\x04text\x18\x02 \x01(\t\x12,\n\x06tokens\x18\x03 \x03(\x0b\x32\x1c.plugmesh_proto.v1.TokenInfo\x12\x36\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x1f.plugmesh_proto.v1.FinishReason\"\x19\n\x17ListServedModelsRequest\"Y\n\x0bServedModel\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\x03 \x01(\x05\x12\x12\n\nis_default\x18\x04 \x01(\x08\"G\n\x15ListServedModelsReply\x12.\n\x06models\x18\x01 \x03(\x0b\x32\x1e.plugmesh_proto.v1.ServedModel2\x9a\x02\n\tInference\x12T\n\x08Generate\x12#.plugmesh_proto.v1.InferenceRequest\x1a!.plugmesh_proto.v1.InferenceEvent0\x01\x12S\n\x08\x43omplete\x12#.plugmesh_proto.v1.InferenceRequest\x1a\".plugmesh_proto.v1.InferenceResult\x12\x62\n\nListModels\x12*.plugmesh_proto.v1.ListServedModelsRequest\x1a(.plugmesh_proto.v1.ListServedModelsReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,19 +38,19 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TOKENPROMPT']._serialized_start=237
   _globals['_TOKENPROMPT']._serialized_end=269
   _globals['_INFERENCEREQUEST']._serialized_start=272
-  _globals['_INFERENCEREQUEST']._serialized_end=533
-  _globals['_INFERENCEEVENT']._serialized_start=536
-  _globals['_INFERENCEEVENT']._serialized_end=747
-  _globals['_INFERENCERESULT']._serialized_start=750
-  _globals['_INFERENCERESULT']._serialized_end=896
-  _globals['_INFERENCECHOICE']._serialized_start=899
-  _globals['_INFERENCECHOICE']._serialized_end=1050
-  _globals['_LISTSERVEDMODELSREQUEST']._serialized_start=1052
-  _globals['_LISTSERVEDMODELSREQUEST']._serialized_end=1077
-  _globals['_SERVEDMODEL']._serialized_start=1079
-  _globals['_SERVEDMODEL']._serialized_end=1168
-  _globals['_LISTSERVEDMODELSREPLY']._serialized_start=1170
-  _globals['_LISTSERVEDMODELSREPLY']._serialized_end=1241
-  _globals['_INFERENCE']._serialized_start=1244
-  _globals['_INFERENCE']._serialized_end=1526
+  _globals['_INFERENCEREQUEST']._serialized_end=556
+  _globals['_INFERENCEEVENT']._serialized_start=559
+  _globals['_INFERENCEEVENT']._serialized_end=793
+  _globals['_INFERENCERESULT']._serialized_start=796
+  _globals['_INFERENCERESULT']._serialized_end=965
+  _globals['_INFERENCECHOICE']._serialized_start=968
+  _globals['_INFERENCECHOICE']._serialized_end=1119
+  _globals['_LISTSERVEDMODELSREQUEST']._serialized_start=1121
+  _globals['_LISTSERVEDMODELSREQUEST']._serialized_end=1146
+  _globals['_SERVEDMODEL']._serialized_start=1148
+  _globals['_SERVEDMODEL']._serialized_end=1237
+  _globals['_LISTSERVEDMODELSREPLY']._serialized_start=1239
+  _globals['_LISTSERVEDMODELSREPLY']._serialized_end=1310
+  _globals['_INFERENCE']._serialized_start=1313
+  _globals['_INFERENCE']._serialized_end=1595
 # @@protoc_insertion_point(module_scope)
