@@ -7,7 +7,7 @@ import itertools
 import secrets
 import time
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any
 
@@ -173,6 +173,14 @@ class Engine:
         if not self.config.prefix_cache:
             return 0
         return len(self._pool.prefix.match(block_chain(self._layout_key, token_ids))) * BLOCK_TOKENS
+
+    def watch_blocks(self, observer: Callable[[bytes, bool], None]) -> list[bytes]:
+        """Names of the blocks that the prefix cache holds; from now on `observer(name, is_stored)` hears of every change.
+
+        It runs on the engine's thread in the middle of a step, so it must be quick and must not raise. There is one observer.
+        """
+        self._pool.prefix.observer = observer
+        return self._pool.prefix.names()
 
     @property
     def num_running(self) -> int:

@@ -373,7 +373,7 @@ async def test_the_index_follows_the_stores_and_repairs_gaps(kit, layout, make_b
     try:
         def right():
             have = {b for p in one.core.partitions.values() for b in p.blocks}
-            return index.stores() == ["kv-1"] and index._views["kv-1"].ids == have and len(have) > 0
+            return index.stores() == ["kv-1"] and index._ids["kv-1"] == have and len(have) > 0
 
         await eventually(right)
         assert index.prefix(ids_of(first)) == {"kv-1": 3}
@@ -390,7 +390,7 @@ async def test_the_index_follows_the_stores_and_repairs_gaps(kit, layout, make_b
         await eventually(right)
         kit.bus.lose = 0
         await stub_of(one).Clear(pb.ClearRequest())
-        await eventually(lambda: not index._views["kv-1"].ids)
+        await eventually(lambda: not index._ids.get("kv-1"))
         await one.stop()
         assert index.stores() == []
     finally:

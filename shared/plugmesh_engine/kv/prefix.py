@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 
 class PrefixCache:
@@ -17,6 +17,7 @@ class PrefixCache:
         self._block_of: dict[bytes, int] = {}
         self._id_of: dict[int, bytes] = {}
         self._idle: OrderedDict[int, None] = OrderedDict()  # least recently used first
+        self.observer: Callable[[bytes, bool], None] | None = None  # told (name, whether it came or went) of every change
 
     def __len__(self) -> int:
         return len(self._block_of)
@@ -25,6 +26,10 @@ class PrefixCache:
     def num_idle(self) -> int:
         """Cached blocks that nobody holds."""
         return len(self._idle)
+
+    def names(self) -> list[bytes]:
+        """Names of all cached blocks, in the order in which they came."""
+        return list(self._block_of)
 
     def find(self, block_id: bytes) -> int | None:
         """The block of that name. Changes nothing."""
@@ -45,6 +50,8 @@ class PrefixCache:
         if block_id not in self._block_of and block not in self._id_of:
             self._block_of[block_id] = block
             self._id_of[block] = block_id
+            if self.observer is not None:
+                self.observer(block_id, True)
 
     def holds(self, block: int) -> bool:
         return block in self._id_of
@@ -63,7 +70,10 @@ class PrefixCache:
     def evict(self) -> int:
         """Forgets the least recently used idle block and returns it. Raises KeyError when there is none."""
         block, _ = self._idle.popitem(last=False)
-        del self._block_of[self._id_of.pop(block)]
+        name = self._id_of.pop(block)
+        del self._block_of[name]
+        if self.observer is not None:
+            self.observer(name, False)
         return block
 
     def forget(self, block: int) -> bool:
@@ -71,6 +81,8 @@ class PrefixCache:
         name = self._id_of.pop(block, None)
         if name is not None:
             del self._block_of[name]
+            if self.observer is not None:
+                self.observer(name, False)
         was_idle = block in self._idle
         self._idle.pop(block, None)
         return was_idle
