@@ -19,13 +19,14 @@ from plugmesh.metrics import Metrics
 from plugmesh.records import PrefillPolicyRecord
 from plugmesh.wire import layout_to_pb
 from plugmesh_decode.config import Settings
+from plugmesh_decode.events import MAX_IDS, KvEvents
 from plugmesh_decode.generate import Generator
 from plugmesh_decode.session import Session
 from plugmesh_engine import EngineConfig, EngineStats, build_engine, weight_format
 from plugmesh_engine.fetch import fetch_manifest
 from plugmesh_proto.v1 import decode_pb2 as pb
 from plugmesh_proto.v1 import decode_pb2_grpc as rpc
-from plugmesh_proto.v1 import prefill_pb2
+from plugmesh_proto.v1 import kvstore_pb2, prefill_pb2
 
 log = structlog.get_logger()
 
@@ -131,6 +132,7 @@ class DecodeService(rpc.DecodeServicer):
             names={"", manifest.model, manifest.version, context.config.mesh.model},
         )
         self.generator.driver.start()
+        self.kv_events = KvEvents(context.mesh, self.generator.driver)
         self._load_task = asyncio.create_task(self._publish_load())
 
     def _engine_config(self) -> EngineConfig:
@@ -158,6 +160,7 @@ class DecodeService(rpc.DecodeServicer):
             self._load_task.cancel()
         generator = getattr(self, "generator", None)
         if generator is not None:
+            await self.kv_events.close()
             generator.remote.close()
             await generator.driver.stop()
             self._engine.close()
@@ -214,6 +217,14 @@ class DecodeService(rpc.DecodeServicer):
             layout=layout_to_pb(self._engine.layout),
         )
 
+    async def KvSnapshot(self, request: kvstore_pb2.SnapshotRequest, context: grpc.aio.ServicerContext) -> AsyncIterator[kvstore_pb2.SnapshotPage]:
+        sequence, ids = 0, list[bytes]()
+        if request.model in ("", self._engine.layout.model):
+            sequence, ids = await self.kv_events.snapshot()
+        incarnation = self._context.mesh.self_info.incarnation
+        for start in range(0, max(1, len(ids)), MAX_IDS):
+            yield kvstore_pb2.SnapshotPage(as_of_sequence=sequence, incarnation=incarnation, block_ids=ids[start : start + MAX_IDS])
+
     async def _publish_load(self) -> None:
         mesh = self._context.mesh
         while True:
@@ -222,5 +233,6 @@ class DecodeService(rpc.DecodeServicer):
             mesh.set_load(
                 num_running=stats.num_running, num_waiting=stats.num_waiting + self.generator.remote.num_waiting,
                 num_pending_tokens=stats.num_pending_tokens, kv_blocks_used=stats.kv_blocks_used, kv_blocks_total=stats.kv_blocks_total,
+                kv_event_sequence=self.kv_events.sequence,
             )
             await asyncio.sleep(PUBLISH_LOAD_S)
