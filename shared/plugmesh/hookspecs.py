@@ -8,6 +8,7 @@
     service announced in the mesh
       request arrives (gateway)
         | AdmissionPolicy.admit            per request         <- register_admission
+        | Strategy.run                     per request         <- register_strategies
         | Router.route                     per request         <- register_routers
       request reaches decode
         | PrefillPolicyRecord.choose       per request         <- register_prefill_policies
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
         QualityMetricRecord,
         RouterRecord,
         SchedulerRecord,
+        StrategyRecord,
         WorkloadRecord,
     )
 
@@ -205,4 +207,19 @@ def register_workloads(context: PluginContext) -> list[WorkloadRecord]:
     Returns: records, or an empty list.
     Raising: stops the command with the plugin's name.
     Example: plugins/plugmesh_ngram_draft/plugin.py
+    """
+
+
+@hookspec
+def register_strategies(context: PluginContext) -> list[StrategyRecord]:
+    """Ways of making one answer out of several generations: sampling and voting, search, refinement.
+
+    Runs in: gateway.
+    When: at process start.  How often: once.
+    Combines: all lists are joined; a request names the one that it wants (`"strategy": {"name": ...}`), else
+        `services.gateway.default_strategy` does, else there is none.
+    Arguments: context: the plugin's settings and facts of the process.
+    Returns: records, or an empty list.
+    Raising: stops the start with the plugin's name; an error in `Strategy.run` costs its request a PluginError.
+    Example: plugins/plugmesh_deepconf/plugin.py
     """

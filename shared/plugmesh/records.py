@@ -7,11 +7,12 @@ engine's protocols (`plugmesh_engine.seams`) only as types of what `build` retur
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from plugmesh.types import InstanceInfo, KvLayout
+from plugmesh.ledger import Ledger
+from plugmesh.types import FinishReason, InstanceInfo, KvLayout, SamplingParams, TokenInfo
 
 PrefillMode = Literal["auto", "local", "remote"]
 
@@ -347,3 +348,87 @@ class WorkloadRecord:
     figure: str = "output_tok_s"
     tiers: tuple[str, ...] = ("engine", "served")
     use_cache: bool = True
+
+
+# -- strategies: one request into many ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class StrategyRequest:
+    """A request as its strategy gets it: encoded, checked and admitted.
+
+    Attributes:
+        sampling: What the client asked for; `seed` is always set, `num_sequences` is 1.
+        options: The client's own keys beside the strategy's name and budgets, unchecked; a strategy refuses bad ones with InvalidRequest.
+        deadline: Of time.monotonic().
+    """
+
+    request_id: str
+    model: str
+    token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    options: Mapping[str, Any]
+    deadline: float
+
+
+@dataclass(frozen=True, slots=True)
+class ChildEvent:
+    """New text of one child and the tokens it is made of; the end token is not among them. `finish_reason` is on a child's last event."""
+
+    child: int
+    text: str
+    tokens: tuple[TokenInfo, ...] = ()
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StrategyEvent:
+    """More of the answer. Exactly the last event of a run has a `finish_reason`; it may also hold `detail`, facts that JSON can carry
+    (votes, counts) and that the client gets beside the usage."""
+
+    text: str = ""
+    tokens: tuple[TokenInfo, ...] = ()
+    finish_reason: FinishReason | None = None
+    detail: Mapping[str, Any] = field(default_factory=dict)
+
+
+class StrategyApi(Protocol):
+    """What a strategy may do for its request. Children are ordinary generations: routed, batched, moved when an instance dies, charged to `ledger`."""
+
+    @property
+    def ledger(self) -> Ledger:
+        """Tokens and children of the request against its budgets; read it, the api writes it."""
+
+    def generate(self, n: int, *, sampling: SamplingParams | None = None, prefix: Sequence[int] = ()) -> AsyncGenerator[ChildEvent, None]:
+        """Runs `n` children on the request's prompt and gives their events as they come; ends after the last child.
+
+        Starts as many as the ledger affords with `sampling.max_tokens` each: perhaps fewer than `n`, perhaps none. Children are numbered from 0
+        over the whole request, in order of their start. Several calls may run at the same time. Closing the iterator cancels what it still runs.
+        The request's seed decides all randomness; the first child of a request draws what the plain request would.
+
+        Args:
+            sampling: In place of the request's; `num_sequences` and `seed` of it are replaced.
+            prefix: Token ids after the prompt, the beginning of every child's answer; its text is not part of the events.
+
+        Raises:
+            PlugmeshError: A child failed, or could not be admitted; the other children of the call are then cancelled.
+        """
+
+    def cancel(self, child: int) -> None:
+        """Ends one child as soon as possible: it gets a last event with CANCELLED, its KV is released. Of one that ended, nothing changes."""
+
+
+class Strategy(Protocol):
+    """One object per gateway process; one `run` per request, many at a time in one event loop, so it must not block or keep a request's state on itself."""
+
+    def run(self, request: StrategyRequest, api: StrategyApi) -> AsyncIterator[StrategyEvent]:
+        """Makes the answer. Raising, ending without a final event, or yielding anything else costs this request a PluginError and nothing else; a PlugmeshError
+        keeps its own status. When the run ends, in whatever way, children that still run are cancelled."""
+
+
+@dataclass(frozen=True, slots=True)
+class StrategyRecord:
+    """Makes one answer out of several generations, for requests that name it. `build()` is called once per gateway process."""
+
+    name: str
+    build: Callable[[], Strategy]
