@@ -14,7 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from plugmesh import __version__, models
 from plugmesh import config as configuration
@@ -155,7 +155,9 @@ def _gpu(config: MeshConfig) -> list[Finding]:
 def _torch(config: MeshConfig) -> list[Finding]:
     version = _version("torch")
     if version is None:
-        return [Finding("software", "torch", "problem", "not installed", "prefill and decode need it: pip install 'plugmesh[engine]'")]
+        if _asked_kernels()[0] == "":
+            return [Finding("software", "torch", "note", "not installed", "the native kernels run prefill and decode; wanted on a GPU and by some plugins")]
+        return [Finding("software", "torch", "problem", "not installed", "without native kernels prefill and decode need it: pip install 'plugmesh[engine]'")]
     # Asked in a process of its own: importing torch here would take a second and could take this command down with it.
     code = "import torch; print(torch.get_num_threads(), torch.cuda.is_available(), torch.version.cuda)"
     asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
@@ -175,7 +177,8 @@ _ISA_MEANINGS: dict[str, tuple[State, str]] = {
 }
 
 
-def _kernels(config: MeshConfig) -> list[Finding]:
+def _asked_kernels() -> list[Any]:
+    """Why the kernels cannot be used ("" when they can), then what they say of themselves; None and a reason when they cannot even be asked."""
     # In a process of its own, like torch: what does not suit the processor must not end this command.
     code = (
         "import json, plugmesh_kernels as k; ok = k.available(); "
@@ -183,9 +186,15 @@ def _kernels(config: MeshConfig) -> list[Finding]:
     )
     asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     if asked.returncode != 0:
-        reason = (asked.stderr.strip().splitlines() or [f"ended with status {asked.returncode}"])[-1]
-        return [Finding("software", "kernels", "problem", "cannot be loaded", f"{reason[:120]}; PLUGMESH_KERNELS_ISA=none goes on without them")]
-    why_not, *facts = json.loads(asked.stdout.splitlines()[-1])
+        return [None, (asked.stderr.strip().splitlines() or [f"ended with status {asked.returncode}"])[-1]]
+    answer: list[Any] = json.loads(asked.stdout.splitlines()[-1])
+    return answer
+
+
+def _kernels(config: MeshConfig) -> list[Finding]:
+    why_not, *facts = _asked_kernels()
+    if why_not is None:
+        return [Finding("software", "kernels", "problem", "cannot be loaded", f"{facts[0][:120]}; PLUGMESH_KERNELS_ISA=none goes on without them")]
     if why_not:
         return [Finding("software", "kernels", "note", "not in use", f"{why_not}; torch computes instead, several times more slowly")]
     isa, best, library, is_stale = facts

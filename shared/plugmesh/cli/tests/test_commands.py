@@ -99,6 +99,20 @@ def test_doctor_says_which_kernels_compute(isa: str, value: str, meaning: str) -
     assert re.search(meaning, found.meaning)
 
 
+@pytest.mark.parametrize(("isa", "state"), [("none", "problem"), ("portable", "note")])
+def test_a_missing_torch_is_a_problem_only_where_no_kernels_compute(isa: str, state: str) -> None:
+    import plugmesh_kernels
+    from plugmesh.cli import doctor
+    from plugmesh.config import MeshConfig
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PLUGMESH_KERNELS_ISA", isa)
+        patch.setattr(doctor, "_version", lambda name: None)
+        (found,) = doctor._torch(MeshConfig())
+
+    assert (found.name, found.state) == ("torch", state if plugmesh_kernels.available() else "problem")
+
+
 def test_doctor_finds_what_is_wrong(tmp_path: pathlib.Path) -> None:
     (tmp_path / "mesh.toml").write_text("[mesh]\nmodel = 'nowhere.gguf'\ncach_dir = 'x'\n")
     done = plugmesh(tmp_path, "doctor", "--json", PLUGMESH_MESH__CACHE_DIR=str(tmp_path / "empty"))
