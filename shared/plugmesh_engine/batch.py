@@ -28,6 +28,19 @@ class Rows:
 
 
 @dataclass(frozen=True, slots=True)
+class Tap:
+    """Hidden states that a step is to give beside its outputs.
+
+    Attributes:
+        entry: Index of the `Rows` whose hidden states are wanted, all of them.
+        layer: The residual stream that enters this layer; the number of layers for what leaves the last one (before the final norm).
+    """
+
+    entry: int
+    layer: int
+
+
+@dataclass(frozen=True, slots=True)
 class StepResult:
     """What an executor gives for the wanted rows of a step.
 
@@ -35,7 +48,9 @@ class StepResult:
         best: (R,) int32, the token with the largest logit of every wanted row, in the order of the rows; the first of equals. -1 where the
             maximum is not finite or a NaN is among the logits.
         logits: (F, vocab) float32, the wanted rows of entries with `full`, in order. The caller may change it; it may be overwritten by the next run.
+        hidden: Per tap, (rows of its entry, hidden size) float32 of the caller's own.
     """
 
     best: np.ndarray
     logits: np.ndarray
+    hidden: tuple[np.ndarray, ...] = ()

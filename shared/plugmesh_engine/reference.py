@@ -28,15 +28,26 @@ class ReferenceLlama:
 
     def hidden(self, token_ids: Sequence[int]) -> Array:
         """(T, hidden) after the final norm."""
-        c = self.config
+        return self._norm(self.stream(token_ids, self.config.num_layers), "model.norm.weight")
+
+    def stream(self, token_ids: Sequence[int], layer: int) -> Array:
+        """(T, hidden) as it enters a layer; the number of layers for what leaves the last one."""
         x = self.w["model.embed_tokens.weight"][list(token_ids)]
-        for i in range(c.num_layers):
+        for i in range(layer):
             p = f"model.layers.{i}."
             x = x + self._attention(self._norm(x, p + "input_layernorm.weight"), p + "self_attn.")
             h = self._norm(x, p + "post_attention_layernorm.weight")
             gate, up = h @ self.w[p + "mlp.gate_proj.weight"].T, h @ self.w[p + "mlp.up_proj.weight"].T
             x = x + (gate / (1 + np.exp(-gate)) * up) @ self.w[p + "mlp.down_proj.weight"].T
-        return self._norm(x, "model.norm.weight")
+        return x
+
+    def queries_and_keys(self, token_ids: Sequence[int], layer: int) -> tuple[Array, Array]:
+        """(T, heads, head_dim) and (T, kv_heads, head_dim) of a layer after the rotation."""
+        c, p = self.config, f"model.layers.{layer}."
+        x = self._norm(self.stream(token_ids, layer), p + "input_layernorm.weight")
+        q = self._project(x, p + "self_attn.q_proj").reshape(len(x), c.num_heads, c.head_dim)
+        k = self._project(x, p + "self_attn.k_proj").reshape(len(x), c.num_kv_heads, c.head_dim)
+        return np.stack([self._rotate(q[:, i]) for i in range(c.num_heads)], 1), np.stack([self._rotate(k[:, i]) for i in range(c.num_kv_heads)], 1)
 
     def logits(self, token_ids: Sequence[int]) -> Array:
         """(T, vocab)."""

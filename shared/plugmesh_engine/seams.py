@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
+
 from plugmesh.types import KvLayout, ModelConfig
-from plugmesh_engine.batch import Rows, StepResult
+from plugmesh_engine.batch import Rows, StepResult, Tap
 from plugmesh_engine.config import EngineConfig
 
 if TYPE_CHECKING:  # the native path runs without torch
@@ -101,8 +103,22 @@ class Executor(Protocol):
     @property
     def memory(self) -> KvMemory: ...
 
-    def run(self, rows: Sequence[Rows]) -> StepResult:
-        """One forward pass: writes the KV of all rows, gives outputs for the wanted ones. Raising means that no output can be trusted, and no more."""
+    def run(self, rows: Sequence[Rows], taps: Sequence[Tap] = ()) -> StepResult:
+        """One forward pass: writes the KV of all rows, gives outputs for the wanted ones and the hidden states that `taps` name.
+
+        Raising means that no output can be trusted, and no more; ValueError for a tap of no such entry or layer, FailedPrecondition where the executor
+        has no taps at all.
+        """
+
+    def probe(self, rows: Sequence[Rows], layer: int) -> tuple[np.ndarray, np.ndarray]:
+        """Queries and keys of one layer, without the cost of those behind it.
+
+        Computes the layers before `layer` on all rows, which writes their KV, then the projections of `layer`, and stops; nothing of `layer` and of those
+        behind it is written, so rows that are to be read by all layers must be run again. `num_wanted` and `full` of the rows are ignored.
+
+        Returns:
+            q (T, heads, head_dim) and k (T, kv_heads, head_dim), float32 after RoPE, T rows in the order of `rows`.
+        """
 
     def close(self) -> None:
         """Ends its threads. Called once, after the last step."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from plugmesh.types import BLOCK_TOKENS, KvLayout, ModelConfig
-from plugmesh_engine.batch import Rows, StepResult
+from plugmesh_engine.batch import Rows, StepResult, Tap
 from plugmesh_engine.config import EngineConfig
 from plugmesh_engine.engine import Engine
 from plugmesh_engine.requests import EngineRequest, StepOutput, TokenEvent
@@ -171,24 +171,47 @@ class FakeExecutor:
         self.memory = FakeKv(num_blocks)
         self.num_rows = 0
         self._vocab_size = config.vocab_size
+        self._num_layers, self._hidden_size = config.num_layers, config.hidden_size
+        self._heads = (config.num_heads, config.num_kv_heads, config.head_dim)
         self._num_kinds = num_kinds
         self._window = window
 
-    def run(self, rows: Sequence[Rows]) -> StepResult:
+    def run(self, rows: Sequence[Rows], taps: Sequence[Tap] = ()) -> StepResult:
         best: list[int] = []
         full: list[np.ndarray] = []
+        self._store(rows)
         for r in rows:
             end = r.num_computed + len(r.token_ids)
-            for at, token in enumerate(r.token_ids, r.num_computed):
-                self.memory.ids[r.blocks[at // BLOCK_TOKENS], at % BLOCK_TOKENS] = token
-            self.num_rows += len(r.token_ids)
             prefix = self.memory.ids[list(r.blocks)].reshape(-1)
             for last in range(end - r.num_wanted + 1, end + 1):
                 logits = self.logits(prefix[max(0, last - self._window) : last])
                 best.append(int(logits.argmax()))
                 if r.full:
                     full.append(logits)
-        return StepResult(np.array(best, np.int32), np.array(full, np.float32).reshape(len(full), self._vocab_size))
+        hidden = tuple(self._numbers(rows[t.entry], t.layer, self._hidden_size) for t in taps if 0 <= t.layer <= self._num_layers)
+        if len(hidden) < len(taps):
+            raise ValueError("a tap names a layer that the model has not")
+        return StepResult(np.array(best, np.int32), np.array(full, np.float32).reshape(len(full), self._vocab_size), hidden)
+
+    def probe(self, rows: Sequence[Rows], layer: int) -> tuple[np.ndarray, np.ndarray]:
+        self._store(rows)
+        heads, kv_heads, dim = self._heads
+        q = [self._numbers(r, 1000 + layer, heads * dim).reshape(-1, heads, dim) for r in rows]
+        k = [self._numbers(r, 2000 + layer, kv_heads * dim).reshape(-1, kv_heads, dim) for r in rows]
+        return np.concatenate(q), np.concatenate(k)
+
+    def _store(self, rows: Sequence[Rows]) -> None:
+        for r in rows:
+            for at, token in enumerate(r.token_ids, r.num_computed):
+                self.memory.ids[r.blocks[at // BLOCK_TOKENS], at % BLOCK_TOKENS] = token
+            self.num_rows += len(r.token_ids)
+
+    def _numbers(self, r: Rows, kind: int, width: int) -> np.ndarray:
+        """(rows, width) float32 that depend on the tokens up to each row and on `kind`."""
+        prefix = self.memory.ids[list(r.blocks)].reshape(-1)
+        ends = range(r.num_computed + 1, r.num_computed + len(r.token_ids) + 1)
+        seeds = [[kind, zlib.crc32(prefix[:end].astype(np.int32).tobytes())] for end in ends]
+        return np.array([np.random.default_rng(s).standard_normal(width) for s in seeds], np.float32).reshape(len(seeds), width)
 
     def logits(self, prefix: np.ndarray) -> np.ndarray:
         """(vocab,) float32 after these tokens."""

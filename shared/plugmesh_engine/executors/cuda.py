@@ -20,9 +20,9 @@ import numpy as np
 import structlog
 import torch
 
-from plugmesh.errors import ConfigError
+from plugmesh.errors import ConfigError, FailedPrecondition
 from plugmesh.types import BLOCK_TOKENS, KvLayout, ModelConfig
-from plugmesh_engine.batch import Rows, StepResult
+from plugmesh_engine.batch import Rows, StepResult, Tap
 from plugmesh_engine.config import EngineConfig
 from plugmesh_engine.executors.native import _map as map_packed
 from plugmesh_engine.executors.torch import DTYPES, TorchKvMemory
@@ -218,13 +218,19 @@ class CudaExecutor:
         self._graph_memory = torch.cuda.graph_pool_handle() if self._use_graphs else None
         self._scratch = DecodeScratch(self._sizes[-1], c.num_heads, c.head_dim, self._device)
 
-    def run(self, rows: Sequence[Rows]) -> StepResult:
-        """One forward pass; writes the KV of all rows. Blocks until the results are on the host."""
+    def run(self, rows: Sequence[Rows], taps: Sequence[Tap] = ()) -> StepResult:
+        """One forward pass; writes the KV of all rows. Blocks until the results are on the host. Raises FailedPrecondition for taps: it has none."""
+        if taps:
+            raise FailedPrecondition("the cuda executor gives no hidden states; set the executor to torch or native", param="executor")
         with torch.inference_mode(), torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext():
             total = sum(len(r.token_ids) for r in rows)
             if total <= self._sizes[-1] and all(0 < len(r.token_ids) <= self._single_rows and r.num_computed for r in rows):
                 return self._run_single(rows, total)
             return self._run_mixed(rows)
+
+    def probe(self, rows: Sequence[Rows], layer: int) -> tuple[np.ndarray, np.ndarray]:
+        """Raises FailedPrecondition: graphs hold whole steps."""
+        raise FailedPrecondition("the cuda executor gives no queries and keys; set the executor to torch or native", param="executor")
 
     def close(self) -> None:
         """Frees the graphs and their memory; there are no threads."""

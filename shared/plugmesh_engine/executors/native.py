@@ -20,7 +20,7 @@ import structlog
 import plugmesh_kernels
 from plugmesh.errors import ConfigError, DataLoss, FailedPrecondition
 from plugmesh.types import BLOCK_TOKENS, KvLayout, ModelConfig
-from plugmesh_engine.batch import Rows
+from plugmesh_engine.batch import Rows, Tap
 from plugmesh_engine.config import EngineConfig
 from plugmesh_engine.executors import shared_weights
 from plugmesh_engine.model.rope import rope_tables
@@ -216,10 +216,15 @@ class NativeExecutor:
         bias = model.tensors.get(name.removesuffix("weight") + "bias")
         return kernels.Linear.packed(t.dtype, t.shape[0], t.shape[1], t.data, None if bias is None else bias.data)
 
-    def run(self, rows: Sequence[Rows]) -> StepResult:
-        """One forward pass; writes the KV of all rows. Raises ValueError for tokens, blocks or positions out of range."""
-        best, logits = self._native.run(rows)
-        return StepResult(best, logits)
+    def run(self, rows: Sequence[Rows], taps: Sequence[Tap] = ()) -> StepResult:
+        """One forward pass; writes the KV of all rows. Raises ValueError for tokens, blocks, positions or taps out of range."""
+        best, logits, hidden = self._native.run(rows, taps)
+        return StepResult(best, logits, hidden)
+
+    def probe(self, rows: Sequence[Rows], layer: int) -> tuple[np.ndarray, np.ndarray]:
+        """See `seams.Executor.probe`; a row's values do not depend on what else is in the step, bit for bit."""
+        q, k = self._native.probe(rows, layer)
+        return q, k
 
     def set_attention(self, function: Callable[[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray], None] | None) -> None:
         """Another attention: function(layer, q (T, heads, head_dim), k, v (T, kv_heads, head_dim), out to fill), float32; it keeps k and v itself."""

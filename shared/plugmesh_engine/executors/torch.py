@@ -14,7 +14,7 @@ import torch
 from plugmesh.errors import ConfigError, DataLoss, FailedPrecondition
 from plugmesh.types import BLOCK_TOKENS, KvLayout, ModelConfig
 from plugmesh_engine.attention import TorchAttention
-from plugmesh_engine.batch import Rows, StepResult
+from plugmesh_engine.batch import Rows, StepResult, Tap
 from plugmesh_engine.config import EngineConfig
 from plugmesh_engine.executors.ragged import Batch
 from plugmesh_engine.kv.pool import NULL_BLOCK
@@ -156,19 +156,35 @@ class TorchExecutor:
         self._graph = model.graph
         self._device = torch.device(model.device)
 
-    def run(self, rows: Sequence[Rows]) -> StepResult:
+    def run(self, rows: Sequence[Rows], taps: Sequence[Tap] = ()) -> StepResult:
+        for tap in taps:
+            if not (0 <= tap.entry < len(rows) and 0 <= tap.layer <= self._graph.config.num_layers):
+                raise ValueError(f"no layer {tap.layer} of entry {tap.entry} in this step")
         with torch.inference_mode():
             batch = Batch.build(rows, self._device)
-            hidden = self._graph.hidden(batch, self.attention)
+            seen: dict[int, torch.Tensor] = {}
+            hidden = self._graph.hidden(batch, self.attention, {t.layer for t in taps}, seen)
+            tapped = tuple(seen[t.layer][batch.starts[t.entry] : batch.starts[t.entry + 1]].float().cpu().numpy().copy() for t in taps)
             if not len(batch.wanted_rows):
-                return StepResult(np.empty(0, np.int32), np.empty((0, self._graph.config.vocab_size), np.float32))
+                return StepResult(np.empty(0, np.int32), np.empty((0, self._graph.config.vocab_size), np.float32), tapped)
             logits = self._graph.logits(hidden.index_select(0, batch.wanted_rows))
             best, top = logits.argmax(dim=1), logits.amax(dim=1)
             best = torch.where(torch.isfinite(top), best, -1).int()
             full = [r.full for r in rows for _ in range(r.num_wanted)]
             if not all(full):
                 logits = logits[torch.tensor(full, device=self._device)]
-            return StepResult(best.cpu().numpy(), logits.cpu().numpy())
+            return StepResult(best.cpu().numpy(), logits.cpu().numpy(), tapped)
+
+    def probe(self, rows: Sequence[Rows], layer: int) -> tuple[np.ndarray, np.ndarray]:
+        """See `seams.Executor.probe`."""
+        c = self._graph.config
+        if not 0 <= layer < c.num_layers:
+            raise ValueError(f"the model has no layer {layer}")
+        if not rows:
+            return np.empty((0, c.num_heads, c.head_dim), np.float32), np.empty((0, c.num_kv_heads, c.head_dim), np.float32)
+        with torch.inference_mode():
+            q, k = self._graph.queries_and_keys(Batch.build(rows, self._device), self.attention, layer)
+            return q.float().cpu().numpy(), k.float().cpu().numpy()
 
     def close(self) -> None:
         """Nothing to end: torch's threads are the process's."""

@@ -5,7 +5,7 @@ Architecture: Touvron et al., arXiv:2302.13971; rotary positions: Su et al., arX
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -69,24 +69,49 @@ class Llama:
             gate=linear("mlp.gate_proj"), up=linear("mlp.up_proj"), down=linear("mlp.down_proj"),
         )  # fmt: skip
 
-    def hidden(self, batch: Batch, attention: AttentionBackend) -> torch.Tensor:
-        """(T, hidden) after the last layer, before the final norm. Writes KV through `attention`."""
-        c, linear, prepare = self.config, self.format.linear, self.format.prepare_input
+    def hidden(
+        self, batch: Batch, attention: AttentionBackend, tapped: Container[int] = (), seen: dict[int, torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """(T, hidden) after the last layer, before the final norm. Writes KV through `attention`.
+
+        Args:
+            tapped: Layers whose input is to be kept in `seen`; the number of layers for the result itself.
+        """
         attention.plan(batch)
-        cos, sin = self._cos[batch.positions][:, None], self._sin[batch.positions][:, None]
         x = F.embedding(batch.token_ids, self.embedding)
-        num_rows = x.shape[0]
-        for i, w in enumerate(self.layers):
-            h = prepare(F.rms_norm(x, (c.hidden_size,), w.input_norm, c.rms_norm_eps))
-            q = linear(h, w.q, w.q_bias).view(num_rows, c.num_heads, c.head_dim)
-            k = linear(h, w.k, w.k_bias).view(num_rows, c.num_kv_heads, c.head_dim)
-            v = linear(h, w.v, w.v_bias).view(num_rows, c.num_kv_heads, c.head_dim)
-            qk = rotate(torch.cat((q, k), dim=1), cos, sin, c.rope_style)
-            a = attention.run(qk[:, : c.num_heads], qk[:, c.num_heads :], v, i)
-            x = x + linear(prepare(a.reshape(num_rows, -1)), w.o, w.o_bias)
-            h = prepare(F.rms_norm(x, (c.hidden_size,), w.mlp_norm, c.rms_norm_eps))
-            x = x + linear(prepare(F.silu(linear(h, w.gate)) * linear(h, w.up)), w.down)
+        for i in range(len(self.layers)):
+            if seen is not None and i in tapped:
+                seen[i] = x
+            x = self._run_layer(x, batch, attention, i)
+        if seen is not None and len(self.layers) in tapped:
+            seen[len(self.layers)] = x
         return x
+
+    def queries_and_keys(self, batch: Batch, attention: AttentionBackend, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """q (T, heads, head_dim) and k (T, kv_heads, head_dim) of one layer after RoPE; runs those before it, which writes their KV."""
+        attention.plan(batch)
+        x = F.embedding(batch.token_ids, self.embedding)
+        for i in range(layer):
+            x = self._run_layer(x, batch, attention, i)
+        q, k, _ = self._qkv(x, batch, layer)
+        return q, k
+
+    def _qkv(self, x: torch.Tensor, batch: Batch, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        c, linear, w, num_rows = self.config, self.format.linear, self.layers[layer], x.shape[0]
+        cos, sin = self._cos[batch.positions][:, None], self._sin[batch.positions][:, None]
+        h = self.format.prepare_input(F.rms_norm(x, (c.hidden_size,), w.input_norm, c.rms_norm_eps))
+        q = linear(h, w.q, w.q_bias).view(num_rows, c.num_heads, c.head_dim)
+        k = linear(h, w.k, w.k_bias).view(num_rows, c.num_kv_heads, c.head_dim)
+        v = linear(h, w.v, w.v_bias).view(num_rows, c.num_kv_heads, c.head_dim)
+        qk = rotate(torch.cat((q, k), dim=1), cos, sin, c.rope_style)
+        return qk[:, : c.num_heads], qk[:, c.num_heads :], v
+
+    def _run_layer(self, x: torch.Tensor, batch: Batch, attention: AttentionBackend, layer: int) -> torch.Tensor:
+        c, linear, prepare, w = self.config, self.format.linear, self.format.prepare_input, self.layers[layer]
+        a = attention.run(*self._qkv(x, batch, layer), layer)
+        x = x + linear(prepare(a.reshape(x.shape[0], -1)), w.o, w.o_bias)
+        h = prepare(F.rms_norm(x, (c.hidden_size,), w.mlp_norm, c.rms_norm_eps))
+        return x + linear(prepare(F.silu(linear(h, w.gate)) * linear(h, w.up)), w.down)
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """(R, vocab) float32 for rows of `hidden`."""

@@ -32,9 +32,25 @@ WeightType weight_type(const std::string& name) {
   throw py::value_error("unknown packed weight type " + name);
 }
 
-// What a plugin's native function looks like; handed over in a capsule of this name, with its context as the capsule's context.
+// Native functions of plugins come in capsules of these names, with their context as the capsule's context. v1 is called by one thread, the others (executor.h
+// has their signatures) by all threads of the pool at once. What a context points at lives as long as the Python object that offers the capsule.
 constexpr const char* NATIVE_LINEAR = "plugmesh.linear.v1";
+constexpr const char* SHARED_LINEAR = "plugmesh.linear.v2";
+constexpr const char* SHARED_LAYER = "plugmesh.layer.v1";
+constexpr const char* SHARED_ATTENTION = "plugmesh.attention.v2";
+constexpr const char* SHARED_EMBEDDING = "plugmesh.embedding.v1";
 using NativeLinear = void (*)(void* context, const float* x, int t, int k, float* y, int n);
+
+// Empty unless `function` is a capsule of that name.
+template <class F>
+Shared<F> shared(const py::object& function, const char* name) {
+  if (!PyCapsule_IsValid(function.ptr(), name)) return {};
+  return {reinterpret_cast<F>(PyCapsule_GetPointer(function.ptr(), name)), PyCapsule_GetContext(function.ptr())};
+}
+
+void need_callable(const py::object& function, const char* what) {
+  need(function.is_none() || PyCallable_Check(function.ptr()), std::string(what) + " must be a function or a capsule of its own kind");
+}
 
 struct PyLinear {
   Linear linear;
@@ -57,10 +73,18 @@ struct PyLinear {
     return l;
   }
 
-  static PyLinear foreign(int n, int k, py::object function) {
+  static PyLinear foreign(int n, int k, py::object function, py::object bias) {
     PyLinear l;
     l.linear.weight = {WeightType::F32, n, k, nullptr, nullptr};
-    l.owner = function;
+    if (!bias.is_none()) {
+      Floats b = Floats::ensure(bias);
+      need(bool(b) && b.size() == n, "the bias must hold n floats");
+      l.linear.weight.bias = b.data();
+      bias = b;
+    }
+    l.owner = py::make_tuple(function, bias);
+    l.linear.shared = pm::shared<SharedLinear>(function, SHARED_LINEAR);
+    if (l.linear.shared) return l;
     if (PyCapsule_CheckExact(function.ptr())) {
       auto call = reinterpret_cast<NativeLinear>(PyCapsule_GetPointer(function.ptr(), NATIVE_LINEAR));
       if (call == nullptr) throw py::error_already_set();
@@ -84,7 +108,7 @@ struct PyExecutor {
   std::unique_ptr<Executor> executor;
   KvMemory kv;
   std::vector<py::object> owners;
-  py::object attention = py::none();
+  py::object attention = py::none(), layer = py::none(), embedding = py::none();
   std::vector<std::vector<int32_t>> ints;  // tokens and blocks of the step
 
   Executor& get() {
@@ -108,12 +132,12 @@ struct PyExecutor {
     return to.data();
   }
 
-  py::tuple run(const py::sequence& rows) {
+  // Checks the rows and copies them; they point into `ints`.
+  std::vector<StepSequence> read_rows(const py::sequence& rows) {
     Executor& e = get();
     const size_t n = rows.size();
     if (ints.size() < 2 * n) ints.resize(2 * n);
     std::vector<StepSequence> sequences(n);
-    int num_wanted = 0, num_full = 0;
     const int64_t num_blocks = int64_t(owned_blocks);
     for (size_t i = 0; i < n; ++i) {
       const py::object r = rows[i];
@@ -127,8 +151,30 @@ struct PyExecutor {
       need(s.position >= 0 && s.position + s.num_rows <= e.shape().max_position, "a row lies beyond the model's context");
       need(size_t(s.position + s.num_rows) <= ints[2 * i + 1].size() * BLOCK_TOKENS, "a sequence has too few blocks");
       need(s.num_wanted >= 0 && s.num_wanted <= s.num_rows, "more rows wanted than there are");
+    }
+    return sequences;
+  }
+
+  py::tuple run(const py::sequence& rows, const py::sequence& wanted_taps) {
+    Executor& e = get();
+    const std::vector<StepSequence> sequences = read_rows(rows);
+    need(e.has_embedding(), "the embedding is not packed, and no function stands for it");
+    need(kv.base != nullptr || !attention.is_none(), "the executor has no KV memory of its own, and no attention was set");
+    int num_wanted = 0, num_full = 0;
+    for (const StepSequence& s : sequences) {
       num_wanted += s.num_wanted;
       if (s.full) num_full += s.num_wanted;
+    }
+    std::vector<StepTap> taps;
+    py::tuple hidden(wanted_taps.size());
+    for (size_t i = 0; i < size_t(wanted_taps.size()); ++i) {
+      const py::object t = wanted_taps[i];
+      const int entry = t.attr("entry").cast<int>(), layer = t.attr("layer").cast<int>();
+      need(entry >= 0 && size_t(entry) < sequences.size(), "a tap names an entry that is not in the step");
+      need(layer >= 0 && layer <= e.shape().num_layers, "a tap names a layer that the model has not");
+      Floats rows_of_entry({sequences[size_t(entry)].num_rows, e.shape().hidden});
+      taps.push_back({entry, layer, rows_of_entry.mutable_data()});
+      hidden[i] = rows_of_entry;
     }
     Ints best(num_wanted);
     Floats logits({num_full, e.shape().vocab});
@@ -136,9 +182,27 @@ struct PyExecutor {
     float* logits_out = logits.mutable_data();
     {
       py::gil_scoped_release release;
-      e.run(sequences, best_out, logits_out);
+      e.run(sequences, best_out, logits_out, taps);
     }
-    return py::make_tuple(best, logits);
+    return py::make_tuple(best, logits, hidden);
+  }
+
+  py::tuple probe(const py::sequence& rows, int layer) {
+    Executor& e = get();
+    const std::vector<StepSequence> sequences = read_rows(rows);
+    need(e.has_embedding(), "the embedding is not packed, and no function stands for it");
+    need(kv.base != nullptr || !attention.is_none(), "the executor has no KV memory of its own, and no attention was set");
+    const ModelShape& s = e.shape();
+    need(layer >= 0 && layer < s.num_layers, "the model has no such layer");
+    int num_rows = 0;
+    for (const StepSequence& one : sequences) num_rows += one.num_rows;
+    Floats q({num_rows, s.num_heads, s.head_dim}), k({num_rows, s.num_kv_heads, s.head_dim});
+    float *q_out = q.mutable_data(), *k_out = k.mutable_data();
+    {
+      py::gil_scoped_release release;
+      e.probe(sequences, layer, q_out, k_out);
+    }
+    return py::make_tuple(q, k);
   }
 
   // As plugmesh_kernels.native().sample_rows, with the executor's threads.
@@ -167,7 +231,12 @@ struct PyExecutor {
   void set_attention(py::object function) {
     Executor& e = get();
     attention = function;
-    if (function.is_none()) return e.set_attention(nullptr);
+    if (function.is_none()) {
+      need(kv.base != nullptr, "the executor has no KV memory of its own");
+      return e.set_attention(nullptr);
+    }
+    if (const auto native = shared<SharedAttention>(function, SHARED_ATTENTION)) return e.set_attention(nullptr, native);
+    need_callable(function, "the attention");
     PyObject* f = attention.ptr();
     const ModelShape& s = e.shape();
     const int heads = s.num_heads, kv_heads = s.num_kv_heads, d = s.head_dim;
@@ -180,10 +249,45 @@ struct PyExecutor {
     });
   }
 
+  void set_before_layer(py::object function) {
+    Executor& e = get();
+    layer = function;
+    if (function.is_none()) return e.set_before_layer(nullptr, {});
+    if (const auto native = shared<SharedLayer>(function, SHARED_LAYER)) return e.set_before_layer(nullptr, native);
+    need_callable(function, "what comes before a layer");
+    PyObject* f = layer.ptr();
+    e.set_before_layer(
+        [f](int at) {
+          py::gil_scoped_acquire gil;
+          py::reinterpret_borrow<py::object>(f)(at);
+        },
+        {});
+  }
+
+  void set_embedding(py::object function) {
+    Executor& e = get();
+    embedding = function;
+    if (function.is_none()) return e.set_embedding(nullptr, {});
+    if (const auto native = shared<SharedEmbedding>(function, SHARED_EMBEDDING)) return e.set_embedding(nullptr, native);
+    need_callable(function, "the embedding");
+    PyObject* f = embedding.ptr();
+    const int hidden = e.shape().hidden;
+    e.set_embedding(
+        [f, hidden](const int32_t* tokens, int t, float* x) {
+          py::gil_scoped_acquire gil;
+          const py::capsule view(x, [](void*) {});
+          const Ints ids({t}, tokens, view);
+          Floats out({t, hidden}, x, view);
+          py::reinterpret_borrow<py::object>(f)(ids, out);
+        },
+        {});
+  }
+
   size_t owned_blocks = 0;
 };
 
 bool all_finite(const PyExecutor& self, const std::vector<int>& blocks) {
+  need(self.kv.base != nullptr, "the executor has no KV memory of its own");
   const size_t bytes = self.kv.block_bytes;
   for (int block : blocks) {
     need(block >= 0 && size_t(block) < self.owned_blocks, "block out of range");
@@ -214,13 +318,13 @@ void bind_executor(py::module_& m) {
   using namespace pm;
   py::class_<PyLinear>(m, "Linear", "A weight in one of the packed layouts, or a function that stands for one.")
       .def_static("packed", &PyLinear::packed, py::arg("type"), py::arg("n"), py::arg("k"), py::arg("data"), py::arg("bias") = py::none())
-      .def_static("foreign", &PyLinear::foreign, py::arg("n"), py::arg("k"), py::arg("function"),
+      .def_static("foreign", &PyLinear::foreign, py::arg("n"), py::arg("k"), py::arg("function"), py::arg("bias") = py::none(),
                   "function(x (T, K) float32, y (T, N) float32 to fill), or a capsule \"plugmesh.linear.v1\" with void (*)(void* context, const float* x, "
-                  "int t, int k, float* y, int n).");
+                  "int t, int k, float* y, int n), or \"plugmesh.linear.v2\" with two more arguments, int thread and int num_threads, called by all threads.");
 
   py::class_<PyExecutor>(m, "Executor")
       .def(py::init([](const py::dict& shape, const py::list& layers, const PyLinear& embedding, Floats norm, const PyLinear& head, Floats cos, Floats sin,
-                       Bytes kv, const std::string& kv_type, const std::string& isa, int num_threads, int spin_us, bool pin) {
+                       const py::object& kv, int num_blocks, const std::string& kv_type, const std::string& isa, int num_threads, int spin_us, bool pin) {
              const auto number = [&](const char* key) { return shape[key].cast<int>(); };
              const ModelShape s{number("hidden"), number("intermediate"), number("num_layers"), number("num_heads"), number("num_kv_heads"), number("head_dim"),
                                 number("vocab"), number("max_position"), shape["eps"].cast<float>(), shape["rope_interleaved"].cast<bool>()};
@@ -262,20 +366,25 @@ void bind_executor(py::module_& m) {
              }
              check(embedding, s.vocab, s.hidden, "embedding");
              check(head, s.vocab, s.hidden, "head");
-             need(!embedding.linear.foreign, "the embedding must be packed");
              need(norm.size() == s.hidden, "norm must hold `hidden` floats");
              need(cos.size() == py::ssize_t(s.max_position) * (s.head_dim / 2) && sin.size() == cos.size(), "cos and sin must be (max_position, head_dim / 2)");
              for (const py::object& o : std::initializer_list<py::object>{embedding.owner, norm, head.owner, cos, sin, kv}) keep(o);
              KvMemory memory{};
-             memory.base = kv.mutable_data();
              memory.num_layers = s.num_layers;
              memory.kv_heads = s.num_kv_heads;
              memory.head_dim = s.head_dim;
              need(kv_type == "bfloat16" || kv_type == "int8", "kv_type must be bfloat16 or int8");
              memory.type = kv_type == "int8" ? KvType::INT8 : KvType::BF16;
              memory.block_bytes = memory.layer_bytes() * size_t(s.num_layers);
-             need(kv.size() > 0 && size_t(kv.size()) % memory.block_bytes == 0, "the KV memory must hold whole blocks");
-             self->owned_blocks = size_t(kv.size()) / memory.block_bytes;
+             if (kv.is_none()) {
+               need(num_blocks > 0, "without KV memory the number of blocks must be told");
+               self->owned_blocks = size_t(num_blocks);
+             } else {
+               auto bytes = kv.cast<Bytes>();
+               memory.base = bytes.mutable_data();
+               need(bytes.size() > 0 && size_t(bytes.size()) % memory.block_bytes == 0, "the KV memory must hold whole blocks");
+               self->owned_blocks = size_t(bytes.size()) / memory.block_bytes;
+             }
              self->kv = memory;
              const Kernels kernels = kernels_for(isa);
              self->executor = std::make_unique<Executor>(s, std::move(all), embedding.linear, norm.data(), head.linear, cos.data(), sin.data(), memory,
@@ -283,11 +392,19 @@ void bind_executor(py::module_& m) {
              return self;
            }),
            py::arg("shape"), py::arg("layers"), py::arg("embedding"), py::arg("norm"), py::arg("head"), py::arg("cos"), py::arg("sin"), py::arg("kv"),
-           py::arg("kv_type"), py::arg("isa"), py::arg("num_threads"), py::arg("spin_us"), py::arg("pin"))
-      .def("run", &PyExecutor::run, py::arg("rows"), "One forward pass over `Rows`; (best (R,) int32, logits (F, vocab) float32).")
+           py::arg("num_blocks") = 0, py::arg("kv_type"), py::arg("isa"), py::arg("num_threads"), py::arg("spin_us"), py::arg("pin"))
+      .def("run", &PyExecutor::run, py::arg("rows"), py::arg("taps") = py::tuple(),
+           "One forward pass over `Rows`; (best (R,) int32, logits (F, vocab) float32, one (rows, hidden) float32 per `Tap`).")
+      .def("probe", &PyExecutor::probe, py::arg("rows"), py::arg("layer"),
+           "The layers before `layer` over `Rows`, then that layer's (q (T, heads, D), k (T, kv_heads, D)) float32 after the rotation.")
       .def("sample", &PyExecutor::sample, py::arg("logits"), py::arg("temperature"), py::arg("top_k"), py::arg("top_p"), py::arg("min_p"), py::arg("u"))
       .def("set_attention", &PyExecutor::set_attention, py::arg("function").none(true),
-           "function(layer, q (T, heads, D), k, v (T, kv_heads, D), out (T, heads, D) to fill), float32; stores k and v itself. None for the native one.")
+           "function(layer, q (T, heads, D), k, v (T, kv_heads, D), out (T, heads, D) to fill), float32; stores k and v itself; or a capsule "
+           "\"plugmesh.attention.v2\". None for the native one.")
+      .def("set_before_layer", &PyExecutor::set_before_layer, py::arg("function").none(true),
+           "function(layer), called before every layer and, with num_layers, before the head; or a capsule \"plugmesh.layer.v1\".")
+      .def("set_embedding", &PyExecutor::set_embedding, py::arg("function").none(true),
+           "function(tokens (T,) int32, x (T, hidden) float32 to fill), or a capsule \"plugmesh.embedding.v1\".")
       .def("all_finite", [](const PyExecutor& self, const std::vector<int>& blocks) { return all_finite(self, blocks); }, py::arg("blocks"))
       .def("close", [](PyExecutor& self) { self.executor.reset(); }, "Ends the threads; the executor must not be running.");
 

@@ -25,7 +25,7 @@ int num_units(int n, int per_unit) { return (n + per_unit - 1) / per_unit; }
 
 void Executor::InputBuffer::want(const Linear& l) {
   k = l.weight.k;
-  if (l.foreign) {
+  if (!l.is_native()) {
     f32 = true;
     return;
   }
@@ -125,11 +125,26 @@ static void* aligned(std::vector<uint8_t>& memory) {
 
 // ---- one step --------------------------------------------------------------------------------------------------------------------------------------
 
-void Executor::run(const std::vector<StepSequence>& sequences, int32_t* best, float* logits) {
+void Executor::run(const std::vector<StepSequence>& sequences, int32_t* best, float* logits, const std::vector<StepTap>& taps) {
   plan(sequences);
   if (num_rows_ == 0) return;
+  taps_ = taps;
+  keeps_all_rows_ = std::any_of(taps.begin(), taps.end(), [&](const StepTap& t) { return t.layer == shape_.num_layers; });
   error_ = nullptr;
   pool_.run([&](int thread) { step(thread, best, logits); });
+  if (error_) std::rethrow_exception(error_);
+}
+
+void Executor::probe(const std::vector<StepSequence>& sequences, int layer, float* q, float* k) {
+  plan(sequences);
+  if (num_rows_ == 0) return;
+  taps_.clear();
+  probed_layer_ = layer;
+  probed_q_ = q;
+  probed_k_ = k;
+  error_ = nullptr;
+  pool_.run([&](int thread) { step(thread, nullptr, nullptr); });
+  probed_layer_ = -1;
   if (error_) std::rethrow_exception(error_);
 }
 
@@ -166,6 +181,8 @@ void Executor::plan(const std::vector<StepSequence>& sequences) {
   grow(k_, t * kv_size_);
   grow(v_, t * kv_size_);
   grow(attended_, t * q_size_);
+  const bool any_shared = std::any_of(layers_.begin(), layers_.end(), [](const LayerWeights& w) { return w.o.shared || w.down.shared; });
+  if (any_shared) grow(foreign_y_, t * shape_.hidden);  // here, since no thread may move it under the others
   last_.resize(num_wanted_);
   size_buffers();
   plan_attention();
@@ -185,9 +202,9 @@ void Executor::size_buffers() {
   act_.resize(num_rows_);
 }
 
-// In the last layer only the wanted rows have a future: of the others no more than K and V is needed. Moves queries and hidden state of the wanted rows to
-// the front and goes on with those. One thread calls it, while the others wait.
-void Executor::keep_wanted_rows() {
+// In the last layer only the wanted rows have a future: of the others no more than K and V is needed. Moves hidden state and heads (the queries, or what a
+// function from elsewhere attended) of the wanted rows to the front and goes on with those. One thread calls it, while the others wait.
+void Executor::keep_wanted_rows(std::vector<float>& heads) {
   std::vector<SequenceRows> kept;
   for (size_t i = 0; i < sequences_.size(); ++i) {
     const StepSequence& s = sequences_[i];
@@ -195,7 +212,7 @@ void Executor::keep_wanted_rows() {
     const int first = kept.empty() ? 0 : kept.back().first_row + kept.back().num_rows;
     const int skipped = s.num_rows - s.num_wanted, from = ranges_[i].first_row + skipped;
     std::memmove(x_.data() + size_t(first) * shape_.hidden, x_.data() + size_t(from) * shape_.hidden, size_t(s.num_wanted) * shape_.hidden * 4);
-    std::memmove(q_.data() + size_t(first) * q_size_, q_.data() + size_t(from) * q_size_, size_t(s.num_wanted) * q_size_ * 4);
+    std::memmove(heads.data() + size_t(first) * q_size_, heads.data() + size_t(from) * q_size_, size_t(s.num_wanted) * q_size_ * 4);
     kept.push_back({first, s.num_wanted, s.position + skipped, s.blocks});
   }
   ranges_ = std::move(kept);
@@ -209,7 +226,7 @@ void Executor::plan_attention() {
   units_.clear();
   merges_.clear();
   merge_of_row_.assign(num_rows_, -1);
-  if (foreign_attention_) return;
+  if (attends_elsewhere()) return;
   // Rows of a prompt: a unit per KV head. Few rows, where memory is the limit: KV heads lie side by side in a block, so one unit takes them all and fetches
   // ahead for all, unless that leaves threads without work; splits of the keys are apart when there are few sequences.
   const int threads = pool_.num_threads(), all = shape_.num_kv_heads;
@@ -256,22 +273,29 @@ void Executor::plan_attention() {
 }
 
 void Executor::step(int thread, int32_t* best, float* logits) {
-  for (int u; (u = pool_.claim()) < num_units(num_rows_, ROW_UNIT);)
-    for (int r = u * ROW_UNIT; r < std::min(num_rows_, (u + 1) * ROW_UNIT); ++r)
-      linear_->dequantize_row(embedding_.weight, row_token_[r], x_.data() + size_t(r) * shape_.hidden);
+  embed(thread);
   pool_.barrier();
   for (int i = 0; i < shape_.num_layers; ++i) {
     const LayerWeights& w = layers_[i];
+    if (!taps_.empty()) tap(thread, i);
+    before_layer(thread, i);
+    if (i == probed_layer_) return probe_layer(thread, i);
     qkv(thread, i, normed(thread, w.input_norm, hidden_, &ThreadState::hidden));
     pool_.barrier();
-    if (i + 1 == shape_.num_layers && num_wanted_ < num_rows_ && !foreign_attention_) {
+    const bool drops_rows = i + 1 == shape_.num_layers && num_wanted_ < num_rows_ && !keeps_all_rows_;
+    if (drops_rows && !attends_elsewhere()) {
       pool_.barrier();  // everybody has looked at num_rows_
-      if (thread == 0) keep_wanted_rows();
+      if (thread == 0) keep_wanted_rows(q_);
       pool_.barrier();
       if (num_rows_ == 0) return;
     }
     attention(thread, i);
     pool_.barrier();
+    if (drops_rows && attends_elsewhere()) {
+      if (thread == 0) keep_wanted_rows(attended_);
+      pool_.barrier();
+      if (num_rows_ == 0) return;
+    }
     linear_units(thread, w.o, heads_encoded(thread), x_.data(), shape_.hidden, true, 3);
     pool_.barrier();
     gate_up(thread, w, normed(thread, w.mlp_norm, hidden_, &ThreadState::hidden));
@@ -279,7 +303,65 @@ void Executor::step(int thread, int32_t* best, float* logits) {
     linear_units(thread, w.down, act_, x_.data(), shape_.hidden, true, 2);
     pool_.barrier();
   }
-  if (num_wanted_) head(thread, best, logits);
+  if (!taps_.empty()) tap(thread, shape_.num_layers);
+  if (num_wanted_) {
+    before_layer(thread, shape_.num_layers);
+    head(thread, best, logits);
+  }
+}
+
+// On the caller's thread, which keeps an exception for the end of the step; nothing is called after one.
+void Executor::guarded(int thread, const std::function<void()>& call) {
+  if (thread != 0 || error_) return;
+  try {
+    call();
+  } catch (...) {
+    error_ = std::current_exception();
+  }
+}
+
+void Executor::embed(int thread) {
+  if (shared_embedding_) return shared_embedding_.call(shared_embedding_.context, row_token_.data(), num_rows_, x_.data(), thread, pool_.num_threads());
+  if (foreign_embedding_) return guarded(thread, [&] { foreign_embedding_(row_token_.data(), num_rows_, x_.data()); });
+  for (int u; (u = pool_.claim()) < num_units(num_rows_, ROW_UNIT);)
+    for (int r = u * ROW_UNIT; r < std::min(num_rows_, (u + 1) * ROW_UNIT); ++r)
+      linear_->dequantize_row(embedding_.weight, row_token_[r], x_.data() + size_t(r) * shape_.hidden);
+}
+
+void Executor::before_layer(int thread, int layer) {
+  if (!shared_layer_ && !foreign_layer_) return;
+  if (shared_layer_)
+    shared_layer_.call(shared_layer_.context, layer, thread, pool_.num_threads());
+  else
+    guarded(thread, [&] { foreign_layer_(layer); });
+  pool_.barrier();
+}
+
+// Copies this thread's share of the rows. Nobody writes x_ until all threads have passed a barrier after this.
+void Executor::tap(int thread, int layer) const {
+  const size_t n = shape_.hidden;
+  for (const StepTap& t : taps_) {
+    if (t.layer != layer) continue;
+    const SequenceRows& r = ranges_[t.sequence];
+    for (int row = thread; row < r.num_rows; row += pool_.num_threads())
+      std::memcpy(t.out + size_t(row) * n, x_.data() + (size_t(r.first_row) + row) * n, n * 4);
+  }
+}
+
+// Queries and keys of one layer, rotated, not stored.
+void Executor::probe_layer(int thread, int layer) {
+  const LayerWeights& w = layers_[layer];
+  const InputBuffer& x = normed(thread, w.input_norm, hidden_, &ThreadState::hidden);
+  linear_units(thread, w.q, x, q_.data(), q_size_, false, 4);
+  pool_.barrier();
+  linear_units(thread, w.k, x, k_.data(), kv_size_, false, 4);
+  pool_.barrier();
+  for (int u; (u = pool_.claim()) < num_units(num_rows_, ROW_UNIT);) {
+    const int first = u * ROW_UNIT, num = std::min(ROW_UNIT, num_rows_ - first);
+    rope_rows(layer, first, num, false);
+    std::memcpy(probed_q_ + size_t(first) * q_size_, q_.data() + size_t(first) * q_size_, size_t(num) * q_size_ * 4);
+    std::memcpy(probed_k_ + size_t(first) * kv_size_, k_.data() + size_t(first) * kv_size_, size_t(num) * kv_size_ * 4);
+  }
 }
 
 // The normed and encoded rows: this thread's own in a small step, else shared, made together.
@@ -303,6 +385,7 @@ const Executor::InputBuffer& Executor::normed(int thread, const float* weight, I
 
 // Computes y for all rows and all of N, in units of row blocks and token chunks.
 void Executor::linear_units(int thread, const Linear& l, const InputBuffer& x, float* y, size_t ldy, bool add, int blocks_per_unit) {
+  if (l.shared) return shared_linear(thread, l, x, y, ldy, add);
   if (l.foreign) return foreign_linear(thread, l, x, y, ldy, add);
   const int blocks = l.weight.row_blocks(), t = x.view.t, chunks = num_units(t, TOKEN_CHUNK), per_chunk = num_units(blocks, blocks_per_unit);
   void* scratch = aligned(threads_[thread].scratch);
@@ -322,7 +405,7 @@ void Executor::foreign_linear(int thread, const Linear& l, const InputBuffer& x,
     for (int r = 0; r < t; ++r) std::memcpy(foreign_x_.data() + size_t(r) * k, rows + size_t(r) * kp, size_t(k) * 4);
     rows = foreign_x_.data();
   }
-  foreign_y_.resize(size_t(t) * n);
+  if (foreign_y_.size() < size_t(t) * n) foreign_y_.resize(size_t(t) * n);
   try {
     l.foreign(rows, t, foreign_y_.data());
   } catch (...) {
@@ -337,12 +420,33 @@ void Executor::foreign_linear(int thread, const Linear& l, const InputBuffer& x,
     }
 }
 
+void Executor::shared_linear(int thread, const Linear& l, const InputBuffer& x, float* y, size_t ldy, bool add) {
+  const int t = x.view.t, k = l.weight.k, n = l.weight.n, kp = x.view.kp();
+  const float* rows = x.view.f32;
+  if (kp != k) {
+    std::vector<float>& dense = threads_[thread].dense;
+    if (dense.size() < size_t(t) * k) dense.resize(size_t(t) * k);
+    for (int r = 0; r < t; ++r) std::memcpy(dense.data() + size_t(r) * k, rows + size_t(r) * kp, size_t(k) * 4);
+    rows = dense.data();
+  }
+  const bool in_place = !add && ldy == size_t(n);
+  l.shared.call(l.shared.context, rows, t, k, in_place ? y : foreign_y_.data(), n, thread, pool_.num_threads());
+  if (in_place) return;
+  pool_.barrier();  // who computed which columns is not known here
+  for (int u; (u = pool_.claim()) < num_units(t, ROW_UNIT);)
+    for (int r = u * ROW_UNIT; r < std::min(t, (u + 1) * ROW_UNIT); ++r) {
+      const float* from = foreign_y_.data() + size_t(r) * n;
+      float* to = y + r * ldy;
+      for (int i = 0; i < n; ++i) to[i] = add ? to[i] + from[i] : from[i];
+    }
+}
+
 // ---- attention -------------------------------------------------------------------------------------------------------------------------------------
 
 void Executor::qkv(int thread, int layer, const InputBuffer& x) {
   const LayerWeights& w = layers_[layer];
   const int d = shape_.head_dim, t = num_rows_;
-  const bool whole_heads = d % ROWS == 0 && !w.q.foreign && !w.k.foreign && !w.v.foreign && !foreign_attention_;
+  const bool whole_heads = d % ROWS == 0 && w.q.is_native() && w.k.is_native() && w.v.is_native(), append = !attends_elsewhere();
   if (!whole_heads) {
     linear_units(thread, w.q, x, q_.data(), q_size_, false, 4);
     pool_.barrier();
@@ -350,7 +454,7 @@ void Executor::qkv(int thread, int layer, const InputBuffer& x) {
     pool_.barrier();
     linear_units(thread, w.v, x, v_.data(), kv_size_, false, 4);
     pool_.barrier();
-    for (int u; (u = pool_.claim()) < num_units(t, ROW_UNIT);) rope_rows(layer, u * ROW_UNIT, std::min(ROW_UNIT, t - u * ROW_UNIT), !foreign_attention_);
+    for (int u; (u = pool_.claim()) < num_units(t, ROW_UNIT);) rope_rows(layer, u * ROW_UNIT, std::min(ROW_UNIT, t - u * ROW_UNIT), append);
     return;
   }
   // A unit is one query head, or one KV head's K and V, turned and stored while it is in the cache. The larger ones come first.
@@ -364,7 +468,7 @@ void Executor::qkv(int thread, int layer, const InputBuffer& x) {
       linear_->linear(w.v.weight, rows, which * blocks, (which + 1) * blocks, v_.data() + size_t(first) * kv_size_, kv_size_, false, scratch);
       for (int r = first; r < first + num; ++r) {
         rope_head(k_.data() + size_t(r) * kv_size_ + which * d, r);
-        append_head(layer, r, which);
+        if (append) append_head(layer, r, which);
       }
     } else {
       const int h = which - shape_.num_kv_heads;
@@ -386,7 +490,15 @@ void Executor::append_head(int layer, int row, int kv_head) {
 }
 
 void Executor::rope_rows(int layer, int first, int num, bool append) {
+  const LayerWeights& w = layers_[layer];
+  const auto add_bias = [](const Linear& l, float* y) {  // of a native linear the kernel has added it
+    if (l.is_native() || !l.weight.bias) return;
+    for (int i = 0; i < l.weight.n; ++i) y[i] += l.weight.bias[i];
+  };
   for (int r = first; r < first + num; ++r) {
+    add_bias(w.q, q_.data() + size_t(r) * q_size_);
+    add_bias(w.k, k_.data() + size_t(r) * kv_size_);
+    add_bias(w.v, v_.data() + size_t(r) * kv_size_);
     for (int h = 0; h < shape_.num_heads; ++h) rope_head(q_.data() + size_t(r) * q_size_ + h * shape_.head_dim, r);
     for (int h = 0; h < shape_.num_kv_heads; ++h) {
       rope_head(k_.data() + size_t(r) * kv_size_ + h * shape_.head_dim, r);
@@ -396,15 +508,13 @@ void Executor::rope_rows(int layer, int first, int num, bool append) {
 }
 
 void Executor::attention(int thread, int layer) {
-  if (foreign_attention_) {
-    if (thread != 0 || error_) return;
-    try {
-      foreign_attention_(layer, q_.data(), k_.data(), v_.data(), num_rows_, attended_.data());
-    } catch (...) {
-      error_ = std::current_exception();
-    }
-    return;
+  if (shared_attention_) {
+    const auto barrier = [](void* pool) { static_cast<Pool*>(pool)->barrier(); };
+    return shared_attention_.call(shared_attention_.context, layer, q_.data(), k_.data(), v_.data(), num_rows_, attended_.data(), thread, pool_.num_threads(),
+                                  barrier, &pool_);
   }
+  if (foreign_attention_)
+    return guarded(thread, [&] { foreign_attention_(layer, q_.data(), k_.data(), v_.data(), num_rows_, attended_.data()); });
   // A unit's first keys are on their way while the one before is computed.
   const int all = int(units_.size());
   for (int u = pool_.claim(); u < all;) {
@@ -499,7 +609,7 @@ const Executor::InputBuffer& Executor::heads_encoded(int thread) {
 void Executor::gate_up(int thread, const LayerWeights& w, const InputBuffer& x) {
   const int width = INPUT_GROUP, t = num_rows_, n = shape_.intermediate;
   ThreadState& state = threads_[thread];
-  if (w.gate.foreign || w.up.foreign) {
+  if (!w.gate.is_native() || !w.up.is_native()) {
     if (thread == 0) {
       gate_.resize(size_t(t) * n);
       up_.resize(size_t(t) * n);
@@ -558,7 +668,18 @@ void Executor::head(int thread, int32_t* best, float* logits) {
     else if (b.index != BAD && (b.index < 0 || value > b.value || (value == b.value && first + i < b.index)))
       b = {value, first + i};
   };
-  if (head_.foreign) {
+  if (head_.shared) {
+    if (thread == 0 && gate_.size() < size_t(num_wanted_) * v) gate_.resize(size_t(num_wanted_) * v);
+    pool_.barrier();
+    shared_linear(thread, head_, last_, gate_.data(), v, false);
+    pool_.barrier();
+    const int width = HEAD_BLOCKS * ROWS;
+    for (int u; (u = pool_.claim()) < num_units(v, width);)
+      for (int r = 0; r < num_wanted_; ++r) look(gate_.data() + size_t(r) * v + u * width, r, u * width, std::min(width, v - u * width));
+    if (thread == 0)
+      for (int r = 0; r < num_wanted_; ++r)
+        if (wanted_full_[r] >= 0) std::memcpy(logits + size_t(wanted_full_[r]) * v, gate_.data() + size_t(r) * v, size_t(v) * 4);
+  } else if (head_.foreign) {
     if (thread == 0) {
       foreign_linear(0, head_, last_, (gate_.resize(size_t(num_wanted_) * v), gate_.data()), v, false);
       for (int r = 0; r < num_wanted_ && !error_; ++r) {

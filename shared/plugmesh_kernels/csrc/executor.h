@@ -17,9 +17,34 @@ using ForeignLinear = std::function<void(const float* x, int t, float* y)>;
 // out (T, heads * D) of q (T, heads * D), k and v (T, kv_heads * D); stores k and v itself.
 using ForeignAttention = std::function<void(int layer, const float* q, const float* k, const float* v, int t, float* out)>;
 
+// The functions of plugins that every thread of the pool calls at the same time; capsules bring them in (bind_executor.cpp). All matrices are dense float32.
+// A linear fills its own share of the N columns of y (T, N), for all rows; it must not wait for the others. Linears of the same input are called one after
+// another with the same x and the same pointer (q, k, v; gate, up), so a thread may keep what it made of x between those calls, and no longer.
+using SharedLinear = void (*)(void* context, const float* x, int t, int k, float* y, int n, int thread, int num_threads);
+// Comes before a layer, and once more, with layer = num_layers, before the head where there are wanted rows. What all threads wrote is visible afterwards.
+using SharedLayer = void (*)(void* context, int layer, int thread, int num_threads);
+// Stores k, v (T, kv_heads * D) and fills out (T, heads * D), its own share of it. barrier(barrier_context) waits for all threads and must be called by all.
+using SharedAttention = void (*)(void* context, int layer, const float* q, const float* k, const float* v, int t, float* out, int thread, int num_threads,
+                                 void (*barrier)(void*), void* barrier_context);
+// Fills its own share of the rows of x (T, hidden).
+using SharedEmbedding = void (*)(void* context, const int32_t* tokens, int t, float* x, int thread, int num_threads);
+
+template <class F>
+struct Shared {
+  F call = nullptr;
+  void* context = nullptr;
+  explicit operator bool() const { return call != nullptr; }
+};
+
+// The same from Python, on the caller's thread only.
+using ForeignLayer = std::function<void(int layer)>;
+using ForeignEmbedding = std::function<void(const int32_t* tokens, int t, float* x)>;
+
 struct Linear {
-  Weight weight{};        // unused when `foreign` is set, but for n and k
+  Weight weight{};        // of a linear that is not native only n, k and the bias count; the bias is added by the executor, to q, k and v
   ForeignLinear foreign;
+  Shared<SharedLinear> shared;
+  bool is_native() const { return !foreign && !shared; }
 };
 
 struct LayerWeights {
@@ -42,16 +67,38 @@ struct StepSequence {
   bool full;       // and their logits
 };
 
+// Rows of one sequence's residual stream, asked for along with a step.
+struct StepTap {
+  int sequence, layer;  // before that layer; num_layers: behind the last one
+  float* out;           // (num_rows of the sequence, hidden)
+};
+
 class Executor {
  public:
   Executor(const ModelShape& shape, std::vector<LayerWeights> layers, Linear embedding, const float* norm, Linear head, const float* cos, const float* sin,
            const KvMemory& kv, const LinearKernels* linear, const OpsKernels* ops, int num_threads, int spin_us, bool pin);
 
-  void set_attention(ForeignAttention attention) { foreign_attention_ = std::move(attention); }
+  void set_attention(ForeignAttention attention, Shared<SharedAttention> shared = {}) {
+    foreign_attention_ = std::move(attention);
+    shared_attention_ = shared;
+  }
+  void set_before_layer(ForeignLayer layer, Shared<SharedLayer> shared) {
+    foreign_layer_ = std::move(layer);
+    shared_layer_ = shared;
+  }
+  void set_embedding(ForeignEmbedding embedding, Shared<SharedEmbedding> shared) {
+    foreign_embedding_ = std::move(embedding);
+    shared_embedding_ = shared;
+  }
+  bool has_embedding() const { return embedding_.is_native() || foreign_embedding_ || shared_embedding_; }
 
   // best: one per wanted row, -1 where the logits are not finite. logits: (wanted rows of full sequences, vocab).
   // Throws what a foreign function throws; the step's KV is then undefined, the executor usable.
-  void run(const std::vector<StepSequence>& sequences, int32_t* best, float* logits);
+  void run(const std::vector<StepSequence>& sequences, int32_t* best, float* logits, const std::vector<StepTap>& taps = {});
+
+  // Runs the layers before `layer` on all rows, storing their KV, then gives q (T, heads * D) and k (T, kv_heads * D) of `layer` after the rotation, and stops:
+  // nothing of `layer` itself is stored. Throws as run does.
+  void probe(const std::vector<StepSequence>& sequences, int layer, float* q, float* k);
 
   Pool& pool() { return pool_; }
   const ModelShape& shape() const { return shape_; }
@@ -78,20 +125,25 @@ class Executor {
   struct ThreadState {
     std::vector<uint8_t> scratch;            // of the linear and attention kernels
     std::vector<float> a, b;                 // pieces of gate and up, partials of attention
+    std::vector<float> dense;                // input of a shared linear whose K is no multiple of 64
     InputBuffer hidden, heads;               // small steps encode their own input, which spares a barrier
   };
 
   void plan(const std::vector<StepSequence>& sequences);
   void plan_attention();
   void size_buffers();
-  void keep_wanted_rows();
+  void keep_wanted_rows(std::vector<float>& heads);
   void step(int thread, int32_t* best, float* logits);
-  void embed();
+  void embed(int thread);
+  void before_layer(int thread, int layer);
+  void guarded(int thread, const std::function<void()>& call);
+  bool attends_elsewhere() const { return foreign_attention_ || shared_attention_; }
   void encode_norm(const float* x, const float* weight, int first, int num, InputBuffer& to, int to_row, std::vector<float>& row);
   void encode_row(const float* x, InputBuffer& to, int row) const;
   const InputBuffer& normed(int thread, const float* weight, InputBuffer& shared, InputBuffer ThreadState::*own);
   void linear_units(int thread, const Linear& l, const InputBuffer& x, float* y, size_t ldy, bool add, int blocks_per_unit);
   void foreign_linear(int thread, const Linear& l, const InputBuffer& x, float* y, size_t ldy, bool add);
+  void shared_linear(int thread, const Linear& l, const InputBuffer& x, float* y, size_t ldy, bool add);
   void qkv(int thread, int layer, const InputBuffer& x);
   void rope_rows(int layer, int first, int num, bool append);
   void rope_head(float* x, int row) const;
@@ -102,6 +154,8 @@ class Executor {
   const InputBuffer& heads_encoded(int thread);
   void gate_up(int thread, const LayerWeights& w, const InputBuffer& x);
   void head(int thread, int32_t* best, float* logits);
+  void tap(int thread, int layer) const;
+  void probe_layer(int thread, int layer);
 
   const ModelShape shape_;
   const std::vector<LayerWeights> layers_;
@@ -113,6 +167,11 @@ class Executor {
   const LinearKernels* linear_;
   const OpsKernels* ops_;
   ForeignAttention foreign_attention_;
+  ForeignLayer foreign_layer_;
+  ForeignEmbedding foreign_embedding_;
+  Shared<SharedAttention> shared_attention_;
+  Shared<SharedLayer> shared_layer_;
+  Shared<SharedEmbedding> shared_embedding_;
   Pool pool_;
   const int group_, q_size_, kv_size_;
 
@@ -134,6 +193,10 @@ class Executor {
     int index;
   };
   std::vector<std::vector<Best>> thread_best_;
+  std::vector<StepTap> taps_;
+  bool keeps_all_rows_ = false;  // a tap reads rows behind the last layer that give no output
+  int probed_layer_ = -1;
+  float *probed_q_ = nullptr, *probed_k_ = nullptr;
   std::exception_ptr error_;
 };
 
