@@ -26,6 +26,14 @@ class Claim(StrictModel):
     setting: str                     # "Mistral-7B, one A100, strict SLO"
 
 
+class Loss(StrictModel):
+    """`[loss]`, of a lossy plugin: what the harness measures, and how far it may be from a run without the plugin."""
+
+    metric: str                      # name of a quality metric's figure: "perplexity_ratio"
+    bound: float                     # the worst value that is still as promised
+    setting: str                     # "default settings, SmolLM2-135M-Instruct"
+
+
 class Trial(StrictModel):
     """`[ab]`: how `plugmesh ab` runs the plugin; by default it is loaded in all of its services with its default settings."""
 
@@ -52,7 +60,14 @@ class Card(StrictModel):
     conflicts: tuple[str, ...] = ()     # slugs, or "provides:<capability>" for any other provider in the same service
     all_of: tuple[Service, ...] = ()    # services that must all load it when one does
     claim: Claim | None = None
+    loss: Loss | None = None            # of a lossy one, and only of that
     ab: Trial = Trial()
+
+    @pydantic.model_validator(mode="after")
+    def _only_a_lossy_one_loses(self) -> Card:
+        if (self.fidelity == "lossy") != (self.loss is not None):
+            raise ValueError("a plugin with fidelity = \"lossy\" has a table [loss] with metric, bound and setting, and no other one has")
+        return self
 
 
 def package_of(slug: str) -> str:

@@ -32,6 +32,8 @@ LAYERS = {
     "plugmesh.models": 0,
     "plugmesh.hookspecs": 1,
     "plugmesh.cards": 1,
+    "plugmesh.card_facts": 1,
+    "plugmesh.docs": 1,
     "plugmesh.host": 2,
     "plugmesh.mesh": 3,
     "plugmesh.kv": 3,
@@ -43,6 +45,7 @@ LAYERS = {
     "plugmesh.quality": 6,
     "plugmesh.ab": 7,
     "plugmesh.cli": 7,
+    "plugmesh.scaffold": 7,
     "plugmesh.testing": 7,
     **{name: 10 for name in (*SERVICES, *PLUGINS)},
 }

@@ -132,11 +132,20 @@ def doctor(json: Json = False, config: Config = None) -> None:
 
 
 @app.command(rich_help_panel="Prepare")
-def plugins(json: Json = False, config: Config = None) -> None:
+def plugins(
+    slug: Annotated[str, typer.Argument(metavar="[PLUGIN]", help="Show this one's card in full.", show_default=False)] = "",
+    json: Json = False,
+    config: Config = None,
+    render: Annotated[bool, typer.Option("--render", help="Write the facts of every card into the README beside it.")] = False,
+) -> None:
     """List the plugins that are installed, and which services the configuration switches them on in."""
-    from plugmesh.cli.plugins import run_plugins
+    from plugmesh.cli.plugins import run_plugins, run_render
 
-    run_plugins(as_json=json, config=config)
+    if render:
+        for page in run_render():
+            typer.echo(page)
+        return
+    run_plugins(slug, as_json=json, config=config)
 
 
 @keys_app.command("new")

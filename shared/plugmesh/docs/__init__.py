@@ -1,0 +1,1 @@
+"""Pages that are rendered from the code, so that they cannot say anything else."""
