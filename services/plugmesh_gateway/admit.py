@@ -7,30 +7,39 @@ import heapq
 import itertools
 import math
 import time
+from collections.abc import Sequence
 
-from plugmesh.errors import DeadlineExceeded, Overloaded, Unavailable
+import structlog
+
+from plugmesh.errors import DeadlineExceeded, Overloaded, PluginError, PlugmeshError, Unavailable
+from plugmesh.hookspecs import hookimpl
+from plugmesh.host import PluginHost
+from plugmesh.records import AdmissionPolicy, AdmissionRecord, AdmissionRequest, AdmissionTicket
+
+log = structlog.get_logger()
 
 
 class Ticket:
     """A place among the work in flight. `release` gives it back, once; later calls do nothing."""
 
-    __slots__ = ("_admission", "_num_tokens", "_started", "num_places")
+    __slots__ = ("_admission", "_num_tokens", "_request", "_started")
 
-    def __init__(self, admission: Admission, num_places: int) -> None:
+    def __init__(self, admission: Admission, request: AdmissionRequest) -> None:
         self._admission = admission
-        self.num_places = num_places
+        self._request = request
         self._num_tokens = 0
         self._started = time.monotonic()
 
-    async def take_tokens(self, num_tokens: int, priority: int, deadline: float) -> None:
-        """Waits until `num_tokens` more fit into the budget. Raises as `Admission.admit`."""
-        await self._admission._wait(0, num_tokens, priority, deadline)
+    async def take_tokens(self, num_prompt_tokens: int, num_wanted_tokens: int) -> None:
+        """Waits until so many more fit into the budget. Raises as `Admission.admit`."""
+        num_tokens = num_prompt_tokens + num_wanted_tokens
+        await self._admission._wait(0, num_tokens, self._request.priority, self._request.deadline)
         self._num_tokens += num_tokens
 
-    def release(self) -> None:
+    def release(self, num_generated_tokens: int) -> None:
         admission, self._admission = self._admission, None  # type: ignore[assignment]
         if admission is not None:
-            admission._give_back(self.num_places, self._num_tokens, time.monotonic() - self._started)
+            admission._give_back(self._request.num_sequences, self._num_tokens, time.monotonic() - self._started)
 
 
 class Admission:
@@ -61,19 +70,16 @@ class Admission:
     def num_queued(self) -> int:
         return len(self._heap) + len(self._token_heap)
 
-    async def admit(self, num_places: int, priority: int, deadline: float) -> Ticket:
-        """Waits for `num_places`.
-
-        Args:
-            deadline: Of time.monotonic().
+    async def admit(self, request: AdmissionRequest) -> Ticket:
+        """Waits for a place per sequence.
 
         Raises:
             Overloaded: The queue is full; carries retry_after_s.
             Unavailable: The gateway drains.
             DeadlineExceeded: The deadline passed in the queue.
         """
-        await self._wait(num_places, 0, priority, deadline)
-        return Ticket(self, num_places)
+        await self._wait(request.num_sequences, 0, request.priority, request.deadline)
+        return Ticket(self, request)
 
     async def _wait(self, num_places: int, num_tokens: int, priority: int, deadline: float) -> None:
         if self.is_draining and num_places:
@@ -149,6 +155,86 @@ class _Waiter:
         self.num_tokens = num_tokens
         self.gone = False
         self.ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+
+class CoreAdmission:
+    """Registers the core's bounds through the same hook as any plugin."""
+
+    def __init__(self, admission: Admission) -> None:
+        self._admission = admission
+
+    @hookimpl
+    def register_admission(self) -> list[AdmissionRecord]:
+        return [AdmissionRecord("places", lambda: self._admission)]
+
+
+class Admitted:
+    """The tickets of all policies for one request."""
+
+    __slots__ = ("_tickets",)
+
+    def __init__(self) -> None:
+        self._tickets: list[tuple[str, AdmissionTicket]] = []
+
+    async def take_tokens(self, num_prompt_tokens: int, num_wanted_tokens: int) -> None:
+        """Asks every policy. Raises what one of them raises; a PluginError for anything that is no PlugmeshError."""
+        for name, ticket in self._tickets:
+            try:
+                await ticket.take_tokens(num_prompt_tokens, num_wanted_tokens)
+            except PlugmeshError:
+                raise
+            except Exception as e:
+                raise _failed(name, e) from e
+
+    def release(self, num_generated_tokens: int) -> None:
+        """Gives every ticket back, once; later calls do nothing. Never raises."""
+        tickets, self._tickets = self._tickets, []
+        for name, ticket in reversed(tickets):
+            try:
+                ticket.release(num_generated_tokens)
+            except Exception as e:
+                _failed(name, e)
+
+
+class Admissions:
+    """All policies as one: those of plugins first, the core's, which may let a request wait for a place, last."""
+
+    def __init__(self, policies: Sequence[tuple[str, AdmissionPolicy]]) -> None:
+        self._policies = policies
+
+    @classmethod
+    def choose(cls, host: PluginHost, core: Admission) -> Admissions:
+        """Asks the plugins once per process. Raises ConfigError."""
+        host.register_builtin(CoreAdmission(core))
+        records = host.records("admission")
+        return cls([(record.name, record.build()) for record in reversed(records)])
+
+    async def admit(self, request: AdmissionRequest) -> Admitted:
+        """Asks every policy. A refusal, an error or a cancellation gives back what others had granted.
+
+        Raises:
+            PlugmeshError: A policy refused.
+            PluginError: A policy failed; it costs this request and nothing else.
+        """
+        admitted = Admitted()
+        try:
+            for name, policy in self._policies:
+                try:
+                    ticket = await policy.admit(request)
+                except PlugmeshError:
+                    raise
+                except Exception as e:
+                    raise _failed(name, e) from e
+                admitted._tickets.append((name, ticket))
+        except BaseException:
+            admitted.release(0)
+            raise
+        return admitted
+
+
+def _failed(name: str, error: Exception) -> PluginError:
+    log.warning("plugin.failed", plugin=name, error=type(error).__name__)
+    return PluginError(f"plugin {name!r} failed on this request", plugin=name)
 
 
 def _loop_time(deadline: float) -> float:

@@ -97,6 +97,11 @@ class DecodeLinks:
         if self._sinks.get(link, {}).pop(attempt_id, None) is not None:
             link.send(decode_pb2.DecodeCommand(cancel=decode_pb2.CancelRequest(request_id=attempt_id)))
 
+    def cancel_and_listen(self, link: Link, attempt_id: str) -> None:
+        """Cancels one attempt without forgetting it: rows that were on their way still come, the last of them with `request_done`."""
+        if attempt_id in self._sinks.get(link, {}):
+            link.send(decode_pb2.DecodeCommand(cancel=decode_pb2.CancelRequest(request_id=attempt_id)))
+
     def cancel_sequence(self, link: Link, attempt_id: str, sequence: int) -> None:
         """Cancels one sequence of an attempt, whose other sequences go on."""
         if attempt_id in self._sinks.get(link, {}):

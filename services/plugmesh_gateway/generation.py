@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +43,7 @@ from .text_links import TextLinks, TextSequence
 log = structlog.get_logger()
 
 _MAX_SUBMIT_BYTES = 240 * 1024  # a message of the bus holds 256 KiB
+_CLOSING_S = 2.0  # for decode to say its last word on a request whose sequences all ended
 _MODES = {
     "auto": decode_pb2.GenerateRequest.PREFILL_AUTO,
     "local": decode_pb2.GenerateRequest.PREFILL_LOCAL,
@@ -112,6 +113,7 @@ class Generation:
         self.first_token_at = 0.0
         self.ended_at = 0.0
         self.num_migrations = 0
+        self.detail: Mapping[str, Any] = {}  # what a strategy tells of its answer
         self.runs: list[Run] = []
         self._on_end = on_end
         self._events: collections.deque[Event] = collections.deque()
@@ -119,10 +121,10 @@ class Generation:
         self._take: Callable[[list[Event]], bool] | None = None  # while the reader waits
         self._timer: asyncio.TimerHandle | None = None
 
-    def start(self, prompts: list[Prepared], instances: frozenset[str]) -> None:
-        """Submits every prompt. `instances` are the decode instances that serve the model at this moment."""
-        self._timer = asyncio.get_running_loop().call_later(max(0.0, self.deadline - time.monotonic()), self._on_deadline)
-        self.runs = [Run(self, prompt, instances) for prompt in prompts]
+    def start(self, prompts: list[Prepared], instances: frozenset[str], *, counts_exactly: bool = False) -> None:
+        """Submits every prompt. `instances` are the decode instances that serve the model at this moment; `counts_exactly` is `Run`'s."""
+        self.start_timer()
+        self.runs = [Run(self, prompt, instances, counts_exactly=counts_exactly) for prompt in prompts]
         for run in self.runs:
             if not self.is_ended:
                 run.submit_first()
@@ -142,6 +144,10 @@ class Generation:
     @property
     def num_cached_tokens(self) -> int:
         return sum(r.num_cached_tokens for r in self.runs)
+
+    @property
+    def finish_reasons(self) -> set[FinishReason]:
+        return {s.finish_reason for r in self.runs for s in r.sequences if s.finish_reason is not None}
 
     async def batches(self, take: Callable[[list[Event]], bool] | None = None) -> AsyncIterator[list[Event]]:
         """Events as they come, all that wait at once. Raises the terminal error after the last of them.
@@ -214,6 +220,9 @@ class Generation:
         self._wake.set()
         self._on_end(self)
 
+    def start_timer(self) -> None:
+        self._timer = asyncio.get_running_loop().call_later(max(0.0, self.deadline - time.monotonic()), self._on_deadline)
+
     def _on_deadline(self) -> None:
         self.end(DeadlineExceeded(f"the request did not finish within {self.deadline - self.arrived:.0f} s"))
 
@@ -222,7 +231,7 @@ class Sequence:
     """One choice: tokens from decode, text from the tokenizer."""
 
     __slots__ = (
-        "decode_reason", "finish_reason", "index", "infos", "last_text_at", "num_chars", "num_consumed", "run", "stopped_at", "text",
+        "decode_reason", "finish_reason", "index", "infos", "last_text_at", "num_chars", "num_consumed", "num_late", "run", "stopped_at", "text",
         "tokens", "visible",
     )
 
@@ -238,6 +247,7 @@ class Sequence:
         self.text: TextSequence | LocalSequence | None = None
         self.num_chars = 0
         self.num_consumed = 0
+        self.num_late = 0                         # tokens that came after the end was decided here
         self.last_text_at = 0.0
 
     @property
@@ -257,9 +267,12 @@ class Run:
     """One prompt at one decode instance at a time.
 
     An attempt is named `<request>#<number>`: rows of an attempt that was given up name another one and are dropped by the link.
+
+    Args:
+        counts_exactly: Ends only when decode has said its last word, so that tokens computed while a cancellation was on its way are counted.
     """
 
-    def __init__(self, generation: Generation, request: Prepared, instances: frozenset[str]) -> None:
+    def __init__(self, generation: Generation, request: Prepared, instances: frozenset[str], *, counts_exactly: bool = False) -> None:
         self.generation = generation
         self.engine = generation.engine
         self.request = request
@@ -275,6 +288,8 @@ class Run:
         self._text_losses = 0       # and tokenizers since the last text
         self._tasks: set[asyncio.Task[None]] = set()
         self._texts_wanted = False
+        self._counts_exactly = counts_exactly
+        self._closing: asyncio.TimerHandle | None = None  # all ended, decode's last row is still to come
 
     @property
     def attempt_id(self) -> str:
@@ -328,10 +343,14 @@ class Run:
                     return
                 if not self._take_tokens(sequence, row, reason):
                     return
+            else:
+                sequence.num_late += len(row.tokens)
         if row.request_done and not self.generation.is_ended:
             self._link = None
             self._drop_attempt()
-            if any(s.decode_reason is None and s.finish_reason is None for s in self.sequences):
+            if self._closing is not None:
+                self._finish()
+            elif any(s.decode_reason is None and s.finish_reason is None for s in self.sequences):
                 self._lost("incomplete", DataLoss("decode ended the request before its sequences"))
 
     def _take_next(self, sequence: Sequence, tokens: Any) -> None:
@@ -385,6 +404,9 @@ class Run:
 
     def _on_decode_error(self, error: PlugmeshError) -> None:
         self._drop_attempt()
+        if self._closing is not None:
+            self._finish()
+            return
         # Others may have room, or are not shutting down.
         if isinstance(error, Unavailable | Overloaded):
             link_info = self._last_info
@@ -400,6 +422,8 @@ class Run:
         """The attempt is over before the request; goes on elsewhere with what was delivered."""
         self._drop_attempt()
         if all(s.decode_reason is not None or s.finish_reason is not None for s in self.sequences):
+            if self._closing is not None:
+                self._finish()
             return  # only texts are missing
         self._failures += 1
         if self._failures >= self.engine.settings.max_attempts:
@@ -451,7 +475,9 @@ class Run:
         num_left = sum(request.sampling.max_tokens - len(s.tokens) for s in self.sequences if s.decode_reason is None and s.finish_reason is None)
         try:
             route = engine.router.route(
-                RouteRequest(request.request_id, len(request.token_ids) + done, num_left, request.priority), candidates, prefill)
+                RouteRequest(
+                    request.request_id, len(request.token_ids) + done, num_left, request.priority, request.block_ids, request.client),
+                candidates, prefill)
         except PlugmeshError as e:
             self.generation.end(e)
             return True
@@ -518,14 +544,34 @@ class Run:
             sequence.text = None
         if text.text or infos or reason is not None:
             self.generation.emit(Event(self.request.base_index + sequence.index, text.text, infos, reason))
-        if reason is None or self.generation.is_ended:
+        if reason is not None and not self.generation.is_ended:
+            self._on_sequence_finished(sequence)
+
+    def cancel_sequence(self, index: int) -> None:
+        """Ends one sequence as cancelled, now; its siblings go on. Of one that ended, nothing changes."""
+        sequence = self.sequences[index]
+        if self.generation.is_ended or sequence.finish_reason is not None:
             return
-        if all(s.finish_reason is not None for s in self.sequences):
-            self.is_done = True
-            self.release()
-            self.generation.on_run_done()
-        elif sequence.decode_reason is None and self._link is not None:
-            self.engine.decode.cancel_sequence(self._link, self.attempt_id, sequence.index)
+        sequence.finish_reason = FinishReason.CANCELLED
+        self._close_text(sequence)
+        self.generation.emit(Event(self.request.base_index + index, "", [], FinishReason.CANCELLED))
+        if not self.generation.is_ended:
+            self._on_sequence_finished(sequence)
+
+    def _on_sequence_finished(self, sequence: Sequence) -> None:
+        if any(s.finish_reason is None for s in self.sequences):
+            if sequence.decode_reason is None and self._link is not None:
+                self.engine.decode.cancel_sequence(self._link, self.attempt_id, sequence.index)
+        elif self._counts_exactly and self._link is not None:
+            self.engine.decode.cancel_and_listen(self._link, self.attempt_id)
+            self._closing = asyncio.get_running_loop().call_later(_CLOSING_S, self._finish)
+        else:
+            self._finish()
+
+    def _finish(self) -> None:
+        self.is_done = True
+        self.release()
+        self.generation.on_run_done()
 
     def on_text_lost(self, sequence: Sequence) -> None:
         if self.generation.is_ended or sequence.finish_reason is not None:
@@ -569,15 +615,21 @@ class Run:
                     self._open_text(sequence)
             self.engine.texts.flush()
 
+    def _close_text(self, sequence: Sequence) -> None:
+        text, sequence.text = sequence.text, None
+        if isinstance(text, LocalSequence):
+            self.engine.local_texts.close(text)
+        elif text is not None:
+            self.engine.texts.close(text)
+
     def release(self) -> None:
         """Gives up everything that is held elsewhere; safe to call again."""
         self._drop_attempt()
+        closing, self._closing = self._closing, None
+        if closing is not None:
+            closing.cancel()
         for sequence in self.sequences:
-            text, sequence.text = sequence.text, None
-            if isinstance(text, LocalSequence):
-                self.engine.local_texts.close(text)
-            elif text is not None:
-                self.engine.texts.close(text)
+            self._close_text(sequence)
         current = _current_task()
         for task in list(self._tasks):
             if task is not current:

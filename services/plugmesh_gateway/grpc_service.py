@@ -77,7 +77,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
 
     def _wanted(self, request: inference_pb2.InferenceRequest, context: Any) -> Wanted:
         """Raises Unauthenticated, PermissionDenied, InvalidRequest, LimitExceeded."""
-        self.keys.check(_metadata(context, "authorization"), "inference")
+        client = self.keys.check(_metadata(context, "authorization"), "inference")
         limits = self.gateway.limits
         request_id = check_request_id(request.request_id) if request.request_id else new_request_id()
         sampling = sampling_from_pb(request.sampling)
@@ -107,7 +107,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         return Wanted(
             request_id=request_id, route="grpc", model=request.model, prompts=(prompt,), sampling=sampling, max_tokens=max_tokens,
             stop=tuple(request.stop), priority=request.priority, timeout_s=max(left, 0.001) if left is not None else 0.0,
-            trace=trace_of(_metadata(context, "traceparent")))
+            trace=trace_of(_metadata(context, "traceparent")), client=client)
 
 
 def _metadata(context: Any, name: str) -> str:

@@ -11,11 +11,14 @@ import structlog
 
 from plugmesh.errors import AlreadyExists, Cancelled, DeadlineExceeded, PlugmeshError, Unavailable
 from plugmesh.host import PluginHost
+from plugmesh.kv.feed import DECODE, KvFeed
 from plugmesh.limits import check_sampling, check_token_ids, fit_context
 from plugmesh.mesh.api import Mesh
+from plugmesh.records import AdmissionRequest
 from plugmesh.tracing import TRACING, Span
+from plugmesh.types import block_chain
 
-from .admit import Admission, Ticket
+from .admit import Admission, Admissions, Admitted
 from .config import Settings
 from .decode_links import DecodeLinks
 from .generation import Engine, Generation, Outbox
@@ -49,12 +52,14 @@ class Gateway:
         self.metrics = metrics
         self.limits = settings.limits()
         self.admission = Admission(max_places=settings.max_in_flight, max_queued=settings.max_queued, max_tokens=settings.max_pending_tokens)
+        self.admissions = Admissions.choose(plugins, self.admission)
         self.texts = TextLinks(mesh, stall_s=settings.stall_s)
         self.decode = DecodeLinks(mesh, stall_s=settings.stall_s, hang_s=settings.hang_s, on_frame=self._on_frame)
         self.models = Models(mesh, self.decode.peers, default_model)
         self.tokenizers = Tokenizers(mesh, self.texts.peers)
         self.vocabularies = Vocabularies(mesh, self.texts.peers, is_enabled=settings.detokenize == "local")
         self.engine = Engine(mesh, settings, self.decode, self.texts, SafeRouter.choose(plugins), metrics, Outbox(), LocalTexts())
+        self._kv_feed = KvFeed(mesh, DECODE, self.engine.router.kv_event) if self.engine.router.wants_kv_events else None
         self._running: dict[str, Generation | None] = {}   # None while it is admitted and prepared
         self._one_less = asyncio.Event()
         metrics.gauge("gateway_in_flight", "Sequences being worked on", lambda: self.admission.num_places)
@@ -71,12 +76,16 @@ class Gateway:
     def start(self) -> None:
         self.decode.start()
         self.texts.start()
+        if self._kv_feed is not None:
+            self._kv_feed.start()
 
     async def stop(self) -> None:
         """Ends what still runs and closes all streams."""
         for generation in list(self._running.values()):
             if generation is not None:
                 generation.end(Unavailable("this gateway is shutting down", retry_after_s=1))
+        if self._kv_feed is not None:
+            await self._kv_feed.close()
         await self.vocabularies.stop()
         await self.decode.stop()
         await self.texts.stop()
@@ -115,7 +124,7 @@ class Gateway:
             raise AlreadyExists(f"request id {wanted.request_id!r} is in use", param="request_id")
         deadline = arrived + min(wanted.timeout_s or self.settings.request_timeout_s, self.settings.request_timeout_s)
         self._running[wanted.request_id] = None
-        ticket: Ticket | None = None
+        ticket: Admitted | None = None
         try:
             async with asyncio.timeout(deadline - arrived):
                 # 1. Is there anybody to serve it?
@@ -124,12 +133,14 @@ class Gateway:
                     raise Unavailable(f"no {' and no '.join(missing)} instance is ready", retry_after_s=2)
                 model, instances = await self.models.choose(wanted.model)
                 # 2. A place, in order of priority.
-                ticket = await self.admission.admit(len(wanted.prompts) * wanted.sampling.num_sequences, wanted.priority, deadline)
+                num_sequences = len(wanted.prompts) * wanted.sampling.num_sequences
+                ticket = await self.admissions.admit(
+                    AdmissionRequest(wanted.request_id, wanted.client, wanted.priority, num_sequences, deadline))
                 # 3. Token ids, and the checks that need the model.
                 prompts = await self._prepare(wanted, model, deadline)
                 echoes = await self._echoes(wanted, model, deadline)
-                num_tokens = sum(len(p.token_ids) + p.sampling.max_tokens * p.sampling.num_sequences for p in prompts)
-                await ticket.take_tokens(num_tokens, wanted.priority, deadline)
+                await ticket.take_tokens(
+                    sum(len(p.token_ids) for p in prompts), sum(p.sampling.max_tokens * p.sampling.num_sequences for p in prompts))
             # 4. Route and run.
             held = ticket
             generation = Generation(
@@ -142,7 +153,7 @@ class Gateway:
             e = DeadlineExceeded("the deadline passed before the request could start") if isinstance(error, TimeoutError) else error
             span.end(error=e.code if isinstance(e, PlugmeshError) else type(e).__name__)
             if ticket is not None:
-                ticket.release()
+                ticket.release(0)
             if self._running.get(wanted.request_id) is None:
                 self._forget(wanted.request_id)
             if isinstance(e, PlugmeshError):
@@ -180,8 +191,15 @@ class Gateway:
             prepared.append(Prepared(
                 request_id=wanted.request_id if len(encoded) == 1 else f"{wanted.request_id}.{i}", model=model.model, token_ids=ids,
                 sampling=params, end_token_ids=ends, stop=wanted.stop, priority=wanted.priority,
-                base_index=i * sampling.num_sequences, trace=wanted.trace, table=table))
+                base_index=i * sampling.num_sequences, trace=wanted.trace, client=wanted.client, block_ids=self._block_ids(model, ids),
+                table=table))
         return prepared
+
+    def _block_ids(self, model: ServedModel, token_ids: tuple[int, ...]) -> tuple[bytes, ...]:
+        """Blocks that a decode instance may find in its prefix cache: all but the last token, whose logits are needed."""
+        if not self.engine.router.needs_block_ids or not model.layout_key:
+            return ()
+        return tuple(block_chain(model.layout_key, token_ids[:-1]))
 
     async def _echoes(self, wanted: Wanted, model: ServedModel, deadline: float) -> tuple[str, ...]:
         if not wanted.echo:
@@ -200,12 +218,12 @@ class Gateway:
         self.metrics.frames.inc()
         self.texts.flush()
 
-    def _on_end(self, generation: Generation, ticket: Ticket, span: Span) -> None:
+    def _on_end(self, generation: Generation, ticket: Admitted, span: Span) -> None:
         span.end(
             error=generation.error.code if generation.error else "", num_prompt_tokens=generation.num_prompt_tokens,
             num_generated_tokens=generation.num_completion_tokens, num_migrations=generation.num_migrations,
         )
-        ticket.release()
+        ticket.release(generation.num_completion_tokens)
         self._forget(generation.request_id)
         error = generation.error
         reasons = {s.finish_reason.value for run in generation.runs for s in run.sequences if s.finish_reason is not None}

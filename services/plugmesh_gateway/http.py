@@ -118,7 +118,7 @@ class Edge:
                 raise Unavailable("too many connections", retry_after_s=1)
             if scope["path"] not in _OPEN:
                 authorization = next((v for k, v in scope["headers"] if k == b"authorization"), b"")
-                self.keys.check(authorization.decode("latin-1"), scope_of(scope["method"], scope["path"]))
+                scope["state"]["client"] = self.keys.check(authorization.decode("latin-1"), scope_of(scope["method"], scope["path"]))
             handler = self.shortcuts.get((scope["method"], scope["path"]))
             if handler is None:
                 await self.app(scope, receive, send_on)
@@ -268,12 +268,12 @@ def build_app(gateway: Gateway, keys: KeyRing, registry: prometheus_client.Colle
 
     async def chat(request: Request) -> Response:
         wanted, is_stream, include_usage = parse_chat(
-            await body_of(request), request_id=request.state.request_id, limits=gateway.limits, headers=request.headers)
+            await body_of(request), request_id=request.state.request_id, limits=gateway.limits, headers=request.headers, client=request.state.client)
         return Answer(gateway, wanted, _shaper(ChatShape, wanted, include_usage), is_stream=is_stream)
 
     async def completions(request: Request) -> Response:
         wanted, is_stream, include_usage = parse_completion(
-            await body_of(request), request_id=request.state.request_id, limits=gateway.limits, headers=request.headers)
+            await body_of(request), request_id=request.state.request_id, limits=gateway.limits, headers=request.headers, client=request.state.client)
         return Answer(gateway, wanted, _shaper(CompletionShape, wanted, include_usage), is_stream=is_stream)
 
     async def chat_route(request: Request) -> Response:

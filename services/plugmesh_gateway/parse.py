@@ -21,6 +21,7 @@ from .request import ChatPrompt, Message, Prompt, TextPrompt, TokenPrompt, Wante
 
 MAX_JSON_DEPTH = 64
 MAX_PRIORITY = 1_000_000
+_MAX_USER_CHARS = 128
 _ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
@@ -132,8 +133,11 @@ def parse_json(raw: bytes) -> dict[str, Any]:
     return value
 
 
-def parse_chat(raw: bytes, *, request_id: str, limits: Limits, headers: Mapping[str, str]) -> tuple[Wanted, bool, bool]:
-    """The request, whether to stream, and whether to stream usage. Raises InvalidRequest, LimitExceeded."""
+def parse_chat(raw: bytes, *, request_id: str, limits: Limits, headers: Mapping[str, str], client: str = "") -> tuple[Wanted, bool, bool]:
+    """The request, whether to stream, and whether to stream usage. Raises InvalidRequest, LimitExceeded.
+
+    `client` is the name of the caller's API key; without one the body's `user` stands for it.
+    """
     data = parse_json(raw)
     _check_names(data, ChatBody, _UNSUPPORTED_CHAT)
     body = _validate(ChatBody, data)
@@ -152,10 +156,10 @@ def parse_chat(raw: bytes, *, request_id: str, limits: Limits, headers: Mapping[
     if prompt.add_generation_prompt and prompt.continue_final_message:
         raise InvalidRequest("add_generation_prompt and continue_final_message exclude each other", param="continue_final_message")
     sampling = _sampling(body, max_tokens=max_tokens, logprobs=bool(body.logprobs), top_logprobs=body.top_logprobs or 0, limits=limits)
-    return _wanted(body, "chat", request_id, (prompt,), sampling, max_tokens, limits, headers), *_streaming(body)
+    return _wanted(body, "chat", request_id, (prompt,), sampling, max_tokens, limits, headers, client), *_streaming(body)
 
 
-def parse_completion(raw: bytes, *, request_id: str, limits: Limits, headers: Mapping[str, str]) -> tuple[Wanted, bool, bool]:
+def parse_completion(raw: bytes, *, request_id: str, limits: Limits, headers: Mapping[str, str], client: str = "") -> tuple[Wanted, bool, bool]:
     """As `parse_chat`, for /v1/completions."""
     data = parse_json(raw)
     _check_names(data, CompletionBody, _UNSUPPORTED_COMPLETION)
@@ -168,7 +172,7 @@ def parse_completion(raw: bytes, *, request_id: str, limits: Limits, headers: Ma
     check_counts(num_prompts=len(prompts), limits=limits)
     max_tokens = body.max_tokens if body.max_tokens is not None else SamplingParams().max_tokens
     sampling = _sampling(body, max_tokens=max_tokens, logprobs=body.logprobs is not None, top_logprobs=body.logprobs or 0, limits=limits)
-    wanted = _wanted(body, "completions", request_id, prompts, sampling, max_tokens, limits, headers, echo=bool(body.echo))
+    wanted = _wanted(body, "completions", request_id, prompts, sampling, max_tokens, limits, headers, client, echo=bool(body.echo))
     if len(prompts) * sampling.num_sequences > limits.max_prompts:
         raise LimitExceeded(f"n: {len(prompts)} prompts times n = {sampling.num_sequences} choices, at most {limits.max_prompts} are allowed", param="n")
     return wanted, *_streaming(body)
@@ -311,7 +315,7 @@ def _logit_bias(raw: dict[str, float]) -> dict[int, float]:
 
 def _wanted(
     body: _Common, route: str, request_id: str, prompts: tuple[Prompt, ...], sampling: SamplingParams, max_tokens: int | None,
-    limits: Limits, headers: Mapping[str, str], *, echo: bool = False,
+    limits: Limits, headers: Mapping[str, str], client: str, *, echo: bool = False,
 ) -> Wanted:
     stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
     check_stop(stop, limits)
@@ -320,6 +324,7 @@ def _wanted(
     return Wanted(
         request_id=request_id, route=route, model=body.model or "", prompts=prompts, sampling=sampling, max_tokens=max_tokens,
         stop=stop, priority=priority, echo=echo, trace=trace_of(headers.get("traceparent", "")),
+        client=client or (body.user or "")[:_MAX_USER_CHARS],
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import structlog
 from plugmesh.errors import Cancelled, DeadlineExceeded, NotFound, PlugmeshError, Unavailable
 from plugmesh.mesh.api import Mesh
 from plugmesh.types import InstanceInfo
-from plugmesh.wire import error_from_rpc
+from plugmesh.wire import error_from_rpc, layout_from_pb
 from plugmesh_proto.v1 import decode_pb2, decode_pb2_grpc, tokenizer_pb2, tokenizer_pb2_grpc
 
 from .links import was_cancelled
@@ -30,13 +31,17 @@ _PIECES_PER_CALL = 4096  # their bytes fit into one message of the bus
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """A model that at least one decode instance serves."""
+    """A model that at least one decode instance serves.
+
+    `layout_key` seeds the names of its KV blocks, in the layout of the first of its instances; empty when it told none.
+    """
 
     model: str
     version: str
     context_length: int
     is_default: bool
     first_seen_unix_s: int
+    layout_key: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +110,7 @@ class Models:
         ordered = sorted(groups.values(), key=lambda g: (not g[0].is_default, g[0].first_seen_unix_s, g[0].model))
         if ordered and not ordered[0][0].is_default:  # [mesh] model may be a path or another name for what is served
             first, instances = ordered[0]
-            ordered[0] = (ServedModel(first.model, first.version, first.context_length, True, first.first_seen_unix_s), instances)
+            ordered[0] = (dataclasses.replace(first, is_default=True), instances)
         return [(model, frozenset(instances)) for model, instances in ordered]
 
     async def _ask(self, info: InstanceInfo) -> None:
@@ -123,7 +128,8 @@ class Models:
         model, version = status.model or info.model, status.weight_version or info.weight_version
         self._known[info.instance_id] = (info.incarnation, info.weight_version, ServedModel(
             model=model, version=version, context_length=status.max_model_len,
-            is_default=self.default_model in (model, version), first_seen_unix_s=int(info.started_unix_s or time.time())))
+            is_default=self.default_model in (model, version), first_seen_unix_s=int(info.started_unix_s or time.time()),
+            layout_key=layout_from_pb(status.layout).key() if status.HasField("layout") else b""))
 
 
 class Tokenizers:

@@ -58,6 +58,7 @@ class Wanted:
         prompts: One, or several for `/v1/completions`; each is generated `sampling.num_sequences` times.
         max_tokens: None takes what the context leaves; `sampling.max_tokens` is then not meant.
         echo: The prompt's text comes first in every choice.
+        client: Whom limits count against: the name of the API key, without keys the `user` that the body names.
         timeout_s: From arrival to the terminal state; 0 takes the gateway's own.
     """
 
@@ -72,6 +73,7 @@ class Wanted:
     echo: bool = False
     timeout_s: float = 0.0
     trace: dict[str, str] = field(default_factory=dict)
+    client: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +89,8 @@ class Prepared:
     priority: int
     base_index: int          # of its first choice among all choices of the request
     trace: dict[str, str]
+    client: str = ""
+    block_ids: tuple[bytes, ...] = ()  # of the prompt's full blocks, for a router that needs them
     table: TokenTable | None = None   # to turn its tokens into text here; None leaves that to a tokenizer instance
 
 

@@ -10,7 +10,7 @@ import structlog
 from plugmesh.errors import PluginError
 from plugmesh.hookspecs import hookimpl
 from plugmesh.host import PluginHost
-from plugmesh.records import Route, Router, RouteRequest, RouterRecord
+from plugmesh.records import KvEvent, Route, Router, RouteRequest, RouterRecord
 from plugmesh.types import InstanceInfo
 
 log = structlog.get_logger()
@@ -69,6 +69,7 @@ class SafeRouter:
     name: str
     router: Router
     host: PluginHost
+    needs_block_ids: bool = False
 
     @classmethod
     def choose(cls, host: PluginHost) -> SafeRouter:
@@ -76,7 +77,7 @@ class SafeRouter:
         host.register_builtin(CoreRouters())
         records = {record.name: record for record in host.records("routers")}
         name = host.select("router", list(records))
-        return cls(name, records[name].build(), host)
+        return cls(name, records[name].build(), host, records[name].needs_block_ids)
 
     def route(self, request: RouteRequest, decode: Sequence[InstanceInfo], prefill: Sequence[InstanceInfo]) -> Route:
         """Raises PluginError also when the answer names an instance that was not offered."""
@@ -88,6 +89,18 @@ class SafeRouter:
             self.finished(request.request_id)
             raise PluginError(f"router {self.name!r} chose a prefill instance that was not offered", plugin=self.name)
         return answer
+
+    @property
+    def wants_kv_events(self) -> bool:
+        return hasattr(self.router, "on_kv_event")
+
+    def kv_event(self, event: KvEvent) -> None:
+        """Never raises: an event that the router cannot take is lost to it, and to nobody else."""
+        try:
+            self.router.on_kv_event(event)  # type: ignore[attr-defined] # optional, see `Router`; `wants_kv_events` was asked
+        except Exception as e:
+            self.host.num_observer_errors += 1
+            log.warning("plugin.failed", plugin=self.name, error=type(e).__name__, kind=event.kind)
 
     def progress(self, request_id: str, num_tokens: int) -> None:
         """Raises PluginError."""
