@@ -207,10 +207,14 @@ class PeerSystem(HttpSystem):
 
 
 class MeshSystem(HttpSystem):
-    """`plugmesh up` as a child, with every service it starts by default."""
+    """`plugmesh up` as a child, with every service it starts by default.
 
-    def __init__(self, setting: Setting, config: dict[str, Any] | None = None) -> None:
-        super().__init__("mesh", "plugmesh as a mesh, over HTTP", "plugmesh")
+    Args:
+        config: Tables as in mesh.toml; they win over what `setting` says.
+    """
+
+    def __init__(self, setting: Setting, config: dict[str, Any] | None = None, *, name: str = "mesh", title: str = "plugmesh as a mesh, over HTTP") -> None:
+        super().__init__(name, title, "plugmesh")
         self._setting, self._config = setting, config or {}
         self._cluster: Any = None
 
@@ -218,12 +222,13 @@ class MeshSystem(HttpSystem):
         from plugmesh.testing.cluster import Cluster  # the kit that starts a whole mesh in a folder of its own
 
         s = self._setting
-        folder = s.folder / "mesh"
+        folder = s.folder / self.name
         folder.mkdir(parents=True, exist_ok=True)
         engine = {"executor": s.executor, "kv_dtype": s.kv_dtype, "num_threads": s.threads}
         config = {
             "mesh": {"model": str(s.model), "log_level": "warning", **self._config.get("mesh", {})},
             "services": {"decode": dict(engine), "prefill": dict(engine), **self._config.get("services", {})},
+            "plugins": self._config.get("plugins", {}),
         }
         self._cluster = Cluster(folder, config)
         try:
@@ -232,9 +237,13 @@ class MeshSystem(HttpSystem):
             raise Unavailable(str(e)[:2000]) from e
         url = self._cluster.base_url
         model = await served_model(url)
-        await check_answer(url, model)
+        await self.verify(url, model)
         self._clients[""] = Client(url, model, self._dialect)
         return {"verified": True, "services": sorted({row["role"] for row in self._cluster.instances()}), "model": model}
+
+    async def verify(self, url: str, model: str) -> None:
+        """Whether it answers as it should, once it is up. Raises PlugmeshError."""
+        await check_answer(url, model)
 
     def _pids(self, key: str) -> list[int]:
         return [p.pid for p in self._cluster.descendants()] if self._cluster is not None else []
