@@ -7,7 +7,7 @@ import importlib.util
 import pathlib
 import sys
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import pydantic
@@ -127,25 +127,39 @@ def installed() -> dict[str, Card]:
     return found
 
 
-def check_service(service: str, slugs: Sequence[str], cards: Mapping[str, Card]) -> None:
-    """Conflicts among the plugins that one process loads. Raises ConfigError with both names and the config line."""
-    where = f"[services.{service}] plugins"
+# Blocks of KV travel from prefill to decode, so both must hold them in the same form; the last plugin of each that implements the hook decides.
+AGREEING_HOOKS = {"register_kv_codecs": ("prefill", "decode")}
+WEIGHT_FORMAT_USERS = ("prefill", "decode")
+
+
+def check_service(service: str, slugs: Sequence[str], cards: Mapping[str, Card], *, at: Callable[[str], str] | None = None, device: str = "") -> None:
+    """Conflicts among the plugins that one process loads.
+
+    Args:
+        at: Slug to the configuration's line; the service's table when left out.
+        device: "cpu" or "cuda"; empty when it is not known.
+
+    Raises:
+        ConfigError: With both names and the line.
+    """
+    where = at or (lambda _: f"[services.{service}] plugins")
     for slug in slugs:
         card = cards[slug]
+        if list(slugs).count(slug) > 1:
+            raise ConfigError(f"{where(slug)}: plugin {slug!r} is named twice", plugin=slug)
         if service not in card.services:
-            raise ConfigError(f"{where}: plugin {slug!r} is for {', '.join(card.services)}, not for {service}", plugin=slug)
+            raise ConfigError(f"{where(slug)}: plugin {slug!r} is for {', '.join(card.services)}, not for {service}", plugin=slug)
+        if device and device not in card.device:
+            raise ConfigError(f"{where(slug)}: plugin {slug!r} runs on {' or '.join(card.device)}, but services.{service}.device is {device}", plugin=slug)
         for module in card.requirements:
-            if importlib.util.find_spec(module) is None:
-                raise ConfigError(f"{where}: plugin {slug!r} needs the module {module!r}, which is not installed", plugin=slug)
+            if not _can_import(module):
+                raise ConfigError(f"{where(slug)}: plugin {slug!r} needs the module {module!r}, which is not installed", plugin=slug)
         for other in slugs:
             if other == slug:
                 continue
             clash = [c for c in card.conflicts if c == other or (c.startswith("provides:") and c[9:] in cards[other].provides)]
             if clash:
-                raise ConfigError(f"{where}: plugins {slug!r} and {other!r} conflict ({clash[0]})", plugin=slug)
-    doubled = {s for s in slugs if list(slugs).count(s) > 1}
-    if doubled:
-        raise ConfigError(f"{where}: plugin {doubled.pop()!r} is named twice")
+                raise ConfigError(f"{where(slug)}: plugins {slug!r} and {other!r} conflict ({clash[0]})", plugin=slug)
 
 
 def check_mesh(config: MeshConfig) -> dict[str, Card]:
@@ -155,33 +169,84 @@ def check_mesh(config: MeshConfig) -> dict[str, Card]:
         Slug to card.
 
     Raises:
-        ConfigError: Unknown plugin, conflict, missing requirement, a service that lacks a plugin it must share, or a
-            `[plugins.<slug>]` table of a plugin that no service loads.
+        ConfigError: Unknown plugin, conflict, missing requirement, a service that lacks a plugin it must share, services that
+            would not understand each other's KV or weights, or a `[plugins.<slug>]` table of a plugin that no service loads.
     """
     cards: dict[str, Card] = {}
     users: dict[str, list[str]] = {}
     for service in config.services:
-        for slug in config.plugin_slugs(service):
+        slugs = config.plugin_slugs(service)
+        for slug in slugs:
             if slug not in cards:
-                cards[slug] = read(slug, where=f"{config.source}: [services.{service}] plugins")
+                cards[slug] = read(slug, where=config.at(f"services.{service}.plugins", slug))
             users.setdefault(slug, []).append(service)
-    for service in config.services:
-        check_service(service, config.plugin_slugs(service), cards)
+        device = str(config.services[service].get("device", "")).split(":")[0]
+        check_service(service, slugs, cards, at=lambda s, service=service: config.at(f"services.{service}.plugins", s), device=device)  # type: ignore[misc]
     provided = {capability for card in cards.values() for capability in card.provides}
     for slug, card in cards.items():
+        where = config.at(f"services.{users[slug][0]}.plugins", slug)
         missing = [r for r in card.requires if r not in provided]
         if missing:
-            raise ConfigError(f"{config.source}: plugin {slug!r} requires {missing[0]!r}, which no loaded plugin provides", plugin=slug)
-        absent = [s for s in card.all_of if s not in users[slug]]
+            raise ConfigError(f"{where}: plugin {slug!r} requires {missing[0]!r}, which no loaded plugin provides", plugin=slug)
+        absent = [s for s in card.all_of if s not in users[slug] and _runs(config, s)]
         if absent:
             raise ConfigError(
-                f"{config.source}: plugin {slug!r} is loaded in {', '.join(users[slug])} but must also be in [services.{absent[0]}] plugins",
-                plugin=slug,
+                f"{where}: plugin {slug!r} is loaded in {', '.join(users[slug])} but must also be in [services.{absent[0]}] plugins", plugin=slug
             )
+    _check_agreement(config, cards)
+    _check_weight_formats(config, cards)
     for slug in config.plugins:
         if slug not in cards:
-            raise ConfigError(f"{config.source}: [plugins.{slug}] configures a plugin that no service loads", plugin=slug)
+            raise ConfigError(f"{config.at(f'plugins.{slug}')} configures a plugin that no service loads", plugin=slug)
     return cards
+
+
+def _can_import(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):  # of "a.b" where there is no a
+        return False
+
+
+def _runs(config: MeshConfig, service: str) -> bool:
+    return config.services.get(service, {}).get("replicas", 1) != 0
+
+
+def _check_agreement(config: MeshConfig, cards: Mapping[str, Card]) -> None:
+    """The plugin that decides how KV is held is the same wherever KV goes."""
+    for hook, services in AGREEING_HOOKS.items():
+        chosen = {s: next((p for p in reversed(config.plugin_slugs(s)) if hook in cards[p].hooks), "") for s in services if _runs(config, s)}
+        if len(set(chosen.values())) < 2:
+            continue
+        owner, slug = next((s, p) for s, p in chosen.items() if p)
+        other = next(s for s, p in chosen.items() if p != slug)
+        has = f"has plugin {chosen[other]!r} for it" if chosen[other] else "knows no such plugin"
+        raise ConfigError(
+            f"{config.at(f'services.{owner}.plugins', slug)}: {owner} holds KV in the form of plugin {slug!r}, but {other} {has}; "
+            f"both need the same one, as the last that implements {hook}", plugin=slug,
+        )  # fmt: skip
+
+
+def _check_weight_formats(config: MeshConfig, cards: Mapping[str, Card]) -> None:
+    """Who asks for a plugin's weight format has the plugin, and so has the weightstore that packs it. A format is named like
+    the plugin, or the card provides "weight-format:<name>"."""
+    wanted = {s: str(config.services.get(s, {}).get("weight_format", "")) for s in WEIGHT_FORMAT_USERS if _runs(config, s)}
+    for service, name in wanted.items():
+        if not name:
+            continue
+        where = config.at(f"services.{service}.weight_format")
+        for place in (service, "weightstore"):
+            having = [p for p in config.plugin_slugs(place) if "register_weight_formats" in cards[p].hooks]
+            if not any(name == p or f"weight-format:{name}" in cards[p].provides for p in having):
+                raise ConfigError(f"{where} is {name!r}, but no plugin in [services.{place}] plugins provides that format", key=f"services.{service}.weight_format")
+    if len(set(wanted.values())) > 1:
+        lossy = [c for c in cards.values() if c.fidelity != "exact" and any(n in (c.slug, *(p.removeprefix("weight-format:") for p in c.provides)) for n in wanted.values() if n)]
+        if lossy:
+            service = next(s for s, n in wanted.items() if n)
+            raise ConfigError(
+                f"{config.at(f'services.{service}.weight_format')} differs between {' and '.join(f'{s} ({n!r})' for s, n in wanted.items())}: "
+                f"the weights of plugin {lossy[0].slug!r} are not those of the model, so KV of one would be wrong for the other", plugin=lossy[0].slug,
+            )  # fmt: skip
 
 
 def as_row(card: Card) -> dict[str, Any]:

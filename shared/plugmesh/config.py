@@ -29,6 +29,7 @@ from typing import Any, TypeVar
 
 import pydantic
 
+from plugmesh.config_lines import line_of
 from plugmesh.errors import ConfigError
 
 SERVICE_NAMES = ("gateway", "tokenizer", "weightstore", "prefill", "decode", "kvstore")
@@ -95,6 +96,17 @@ class MeshConfig(StrictModel):
         """`[plugins.<slug>]` as the plugin's own settings model. Raises ConfigError."""
         return _validate(model, self.plugins.get(slug, {}), f"plugins.{slug}", self.source)
 
+    def at(self, path: str, item: str = "") -> str:
+        """What an error begins with: "mesh.toml:12: [services.decode] plugins", or the variable that sets the key.
+
+        Args:
+            item: A string in the array that the key holds.
+        """
+        table, _, key = path.rpartition(".")
+        name = f"[{table}] {key}" if table.count(".") else f"[{path}]"
+        place = _place(self.source, path, item)
+        return name if place == "defaults" else f"{place}: {name}"
+
     def plugin_slugs(self, service: str) -> list[str]:
         """Plugins that a process of this service loads, in order."""
         return list(self.services.get(service, {}).get("plugins", []))
@@ -132,7 +144,7 @@ def load(path: pathlib.Path | str | None = None, environ: Mapping[str, str] | No
     config = _validate(MeshConfig, data, "", source)
     for name in config.services:
         if name not in SERVICE_NAMES:
-            raise ConfigError(f"{source}: unknown service [services.{name}]{_nearest(name, SERVICE_NAMES)}", key=f"services.{name}")
+            raise ConfigError(f"{_place(source, f'services.{name}')}: unknown service [services.{name}]{_nearest(name, SERVICE_NAMES)}", key=f"services.{name}")
     return config.model_copy(update={"source": source})
 
 
@@ -157,6 +169,18 @@ def _put(data: dict[str, Any], parts: list[str], value: Any, origin: str) -> Non
     node[parts[-1]] = value
 
 
+def _place(source: str, path: str, item: str = "") -> str:
+    """The source with the line, as far as it can be found out: "mesh.toml:12"; a variable's name where one sets the key."""
+    variable = ENV_PREFIX + path.upper().replace(".", "__")
+    if variable in os.environ:
+        return variable
+    try:
+        line = line_of(pathlib.Path(source).read_text(), path.split("."), item) if source != "defaults" else 0
+    except (OSError, UnicodeDecodeError):
+        line = 0
+    return f"{source}:{line}" if line else source
+
+
 def _nearest(word: str, known: typing.Iterable[str]) -> str:
     near = difflib.get_close_matches(word, list(known), n=1)
     return f"; did you mean {near[0]!r}?" if near else f"; valid keys: {', '.join(sorted(known))}"
@@ -170,8 +194,8 @@ def _validate(model: type[S], data: Mapping[str, Any], where: str, source: str) 
         path = ".".join([*([where] if where else []), *(str(p) for p in problem["loc"])])
         if problem["type"] == "extra_forbidden":
             fields = _fields_at(model, problem["loc"][:-1])
-            raise ConfigError(f"{source}: unknown key {path!r}{_nearest(str(problem['loc'][-1]), fields)}", key=path) from e
-        raise ConfigError(f"{source}: {path}: {problem['msg']} (got {problem.get('input')!r})", key=path) from e
+            raise ConfigError(f"{_place(source, path)}: unknown key {path!r}{_nearest(str(problem['loc'][-1]), fields)}", key=path) from e
+        raise ConfigError(f"{_place(source, path)}: {path}: {problem['msg']} (got {problem.get('input')!r})", key=path) from e
 
 
 def _fields_at(model: type[pydantic.BaseModel], loc: tuple[int | str, ...]) -> list[str]:

@@ -6,8 +6,10 @@ then asks for records like everybody else's.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
-from collections.abc import Callable, Sequence
+import types
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -18,11 +20,19 @@ import structlog
 from plugmesh import cards as card_files
 from plugmesh import hookspecs
 from plugmesh.config import MeshConfig
+from plugmesh.docs.hooks import record_of
 from plugmesh.errors import ConfigError, PluginError, PlugmeshError
+from plugmesh.watchdog import WATCHDOG, Hung
 
 log = structlog.get_logger()
 
 S = TypeVar("S", bound=pydantic.BaseModel)
+
+SLOW_START_S = 10.0   # importing, registering and building are only watched: profiling and loading may take their time
+REQUEST_LIMIT_S = 2.0 # for a call that holds up an event loop; below a lease's life
+STEP_LIMIT_S = 10.0   # for a call that holds up an engine's step
+STEP_METHODS: Mapping[str, tuple[str, ...]] = {"schedulers": ("schedule",), "drafts": ("propose", "observe")}
+BUILT_ONCE = ("schedulers", "drafts", "routers", "admission")  # when building fails, the process cannot start
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +59,7 @@ class PluginHost:
         self.slugs: list[str] = []
         self.versions: dict[str, str] = {}
         self.num_observer_errors = 0
+        self._owners: dict[str, str] = {}  # record name to plugin
         self._manager = pluggy.PluginManager("plugmesh")
         self._manager.add_hookspecs(hookspecs)
 
@@ -61,17 +72,21 @@ class PluginHost:
                 that does not exist; the message holds the plugin and the config line.
         """
         host = cls(service, config)
-        where = f"[services.{service}] plugins"
-        cards = {slug: card_files.read(slug, where=where) for slug in slugs}
-        card_files.check_service(service, list(slugs), cards)
+        cards = {slug: card_files.read(slug, where=host.where(slug)) for slug in slugs}
+        card_files.check_service(service, list(slugs), cards, at=host.where)
         for slug in slugs:
             name = f"{card_files.package_of(slug)}.plugin"
             try:
-                module = importlib.import_module(name)
-            except Exception as e:
-                raise ConfigError(f"{where}: plugin {slug!r} failed to import: {type(e).__name__}: {e}", plugin=slug) from e
+                with WATCHDOG.tell(f"plugin {slug}: import", SLOW_START_S):
+                    module = importlib.import_module(name)
+            except (Exception, SystemExit) as e:
+                raise ConfigError(f"{host.where(slug)}: plugin {slug!r} failed to import: {type(e).__name__}: {e}", plugin=slug) from e
             host.register(slug, module, version=cards[slug].version)
         return host
+
+    def where(self, slug: str) -> str:
+        """The line of the configuration that names a plugin for this service."""
+        return self.config.at(f"services.{self.service}.plugins", slug)
 
     def register(self, slug: str, plugin: object, *, version: str = "") -> None:
         """Adds one plugin object. Raises ConfigError when it implements a hook that does not exist."""
@@ -79,7 +94,7 @@ class PluginHost:
             self._manager.register(plugin, name=slug)
             self._manager.check_pending()
         except pluggy.PluginValidationError as e:
-            raise ConfigError(f"[services.{self.service}] plugins: plugin {slug!r}: {e}", plugin=slug) from e
+            raise ConfigError(f"{self.where(slug)}: plugin {slug!r}: {e}", plugin=slug) from e
         self.slugs.append(slug)
         self.versions[slug] = version
 
@@ -101,18 +116,65 @@ class PluginHost:
             context = PluginContext(self.service, self.config.mesh.name, self._settings_reader(name))
             impl = impls[name]
             try:
-                records = impl.function(*[{"context": context}[a] for a in impl.argnames])
+                with WATCHDOG.tell(f"plugin {name}: register_{kind}", SLOW_START_S):
+                    records = impl.function(*[{"context": context}[a] for a in impl.argnames])
             except PlugmeshError:
                 raise
             except Exception as e:
-                raise ConfigError(f"plugin {name!r}: register_{kind} raised {type(e).__name__}: {e}", plugin=name) from e
-            found.extend(records or [])
+                raise ConfigError(f"{self._named(name)}: register_{kind} raised {type(e).__name__}: {e}", plugin=name) from e
+            found.extend(self._checked(kind, name, records))
         seen: set[str] = set()
         for record in found:
             if record.name in seen:
-                raise ConfigError(f"[services.{self.service}] plugins: two {kind} are named {record.name!r}")
+                where = self.where(self._owners.get(record.name, ""))
+                raise ConfigError(f"{where}: two {kind} are named {record.name!r}")
             seen.add(record.name)
         return found
+
+    def _named(self, plugin: str) -> str:
+        return f"the {self.service} service's own defaults" if plugin.startswith("core:") else f"{self.where(plugin)}: plugin {plugin!r}"
+
+    def _checked(self, kind: str, plugin: str, records: Any) -> list[Any]:
+        """A hook's answer as a list of records of the hook's type, their factories guarded. Raises ConfigError for anything else."""
+        wanted = record_of(f"register_{kind}")
+        if records is None:
+            return []
+        if not isinstance(records, list | tuple):
+            raise ConfigError(f"{self._named(plugin)}: register_{kind} returned {type(records).__name__}, not a list of records", plugin=plugin)
+        for record in records:
+            if wanted is not None and not isinstance(record, wanted):
+                raise ConfigError(f"{self._named(plugin)}: register_{kind} returned a {type(record).__name__} where a {wanted.__name__} belongs", plugin=plugin)
+            if not isinstance(record.name, str) or not record.name:
+                raise ConfigError(f"{self._named(plugin)}: register_{kind} returned a record without a name", plugin=plugin)
+        if plugin.startswith("core:"):
+            return list(records)
+        self._owners.update({record.name: plugin for record in records})
+        return [self._guarded(kind, plugin, record) for record in records]
+
+    def _guarded(self, kind: str, plugin: str, record: Any) -> Any:
+        """The record with a factory that names the plugin when it fails, and whose objects cannot hold up a step for ever."""
+        build = getattr(record, "build", None)
+        if kind not in BUILT_ONCE or not callable(build):
+            return record
+
+        def guarded(*args: Any, **kwargs: Any) -> Any:
+            what = f"{self._named(plugin)}: building {record.name!r}"
+            try:
+                with WATCHDOG.tell(what, SLOW_START_S):
+                    built = build(*args, **kwargs)
+            except PlugmeshError:
+                raise
+            except Exception as e:
+                raise ConfigError(f"{what} raised {type(e).__name__}: {e}", plugin=plugin) from e
+            if built is None:
+                raise ConfigError(f"{what} gave nothing", plugin=plugin)
+            methods = STEP_METHODS.get(kind, ())
+            lacking = [m for m in methods if not callable(getattr(built, m, None))]
+            if lacking:
+                raise ConfigError(f"{what} gave a {type(built).__name__} without a method {lacking[0]!r}", plugin=plugin)
+            return _Watched(built, f"plugin {plugin}", methods) if methods else built
+
+        return dataclasses.replace(record, build=guarded)
 
     def last(self, kind: str) -> Any | None:
         """The record registered last, or None: what "a plugin replaces the default" means."""
@@ -132,20 +194,56 @@ class PluginHost:
         """Calls every implementation of an `on_*` hook; one that raises is logged and counted, the others still run."""
         for impl in getattr(self._manager.hook, hook).get_hookimpls():
             try:
-                impl.function(*[kwargs[a] for a in impl.argnames])
+                WATCHDOG.call(f"plugin {impl.plugin_name}: {hook}", REQUEST_LIMIT_S, impl.function, *[kwargs[a] for a in impl.argnames])
             except Exception as e:
                 self.num_observer_errors += 1
                 log.warning("plugin.observer_failed", plugin=impl.plugin_name, hook=hook, error=type(e).__name__)
 
     def guard(self, plugin: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Calls a record's method for one request; anything but a PlugmeshError becomes a PluginError with the plugin's name."""
+        """Calls a record's method for one request, from an event loop.
+
+        Args:
+            plugin: The record's name, or the plugin's.
+
+        Raises:
+            PluginError: It raised anything but a PlugmeshError, or did not come back within REQUEST_LIMIT_S; names the plugin.
+        """
+        plugin = self._owners.get(plugin, plugin)
         try:
-            return call(*args, **kwargs)
+            return WATCHDOG.call(f"plugin {plugin}", REQUEST_LIMIT_S, call, *args, **kwargs)
         except PlugmeshError:
             raise
+        except Hung as e:
+            raise PluginError(f"plugin {plugin!r} took longer than {REQUEST_LIMIT_S:g} s on this request", plugin=plugin) from e
         except Exception as e:
             log.warning("plugin.failed", plugin=plugin, error=type(e).__name__)
             raise PluginError(f"plugin {plugin!r} failed on this request", plugin=plugin) from e
 
     def _settings_reader(self, slug: str) -> Callable[[type[Any]], Any]:
         return lambda model: self.config.plugin_settings(slug, model)
+
+
+class _Watched:
+    """An engine's plugin object whose step methods are ended when they do not come back; after that they are not called any more."""
+
+    def __init__(self, inner: Any, plugin: str, methods: Sequence[str]) -> None:
+        self._inner = inner
+        self._hung = ""
+        for name in methods:
+            setattr(self, name, types.MethodType(self._watch(getattr(inner, name), f"{plugin}: {name}"), self))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    @staticmethod
+    def _watch(method: Callable[..., Any], what: str) -> Callable[..., Any]:
+        def call(self: _Watched, *args: Any) -> Any:
+            if self._hung:
+                raise Hung(self._hung)
+            try:
+                return WATCHDOG.call(what, STEP_LIMIT_S, method, *args)
+            except Hung as e:
+                self._hung = str(e)
+                raise
+
+        return call

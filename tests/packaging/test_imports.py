@@ -27,6 +27,8 @@ LAYERS = {
     "plugmesh.limits": 0,
     "plugmesh.detokenize": 0,
     "plugmesh.config": 0,
+    "plugmesh.config_lines": 0,
+    "plugmesh.watchdog": 0,
     "plugmesh.logs": 0,
     "plugmesh.metrics": 0,
     "plugmesh.models": 0,

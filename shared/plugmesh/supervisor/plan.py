@@ -83,6 +83,7 @@ def specs(
     environ = os.environ if environ is None else environ
     base: dict[str, Any] = json.loads(configuration.dump_json(config))
     base["mesh"]["runtime_dir"] = str(run_dir)
+    base["source"] = config.source  # for the line in a child's complaint
     # The resolved configuration is complete: variables that made it must not be applied to it a second time.
     env = {k: v for k, v in environ.items() if not (k.startswith(configuration.ENV_PREFIX) and "__" in k) and k != "PLUGMESH_CONFIG"}
     # A checkout's package folders may be on this process's path only (pytest puts them there).
