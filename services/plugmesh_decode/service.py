@@ -170,7 +170,7 @@ class DecodeService(rpc.DecodeServicer):
     # The wire
 
     async def Generate(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> AsyncIterator[pb.TokenFrame]:
-        session = Session(self._settings.max_session_rows)
+        session = Session(self._settings.max_session_rows)  # all through `frames`, which sees the last row
         self._sessions.add(session)
         self.generator.begin(request, session)
         try:
@@ -183,7 +183,8 @@ class DecodeService(rpc.DecodeServicer):
             self.generator.drop_session(session)
 
     async def Session(self, request_iterator: AsyncIterator[pb.DecodeCommand], context: grpc.aio.ServicerContext) -> AsyncIterator[pb.TokenFrame]:
-        session = Session(self._settings.max_session_rows)
+        # Calls over the mesh can write at once; gRPC's own cannot.
+        session = Session(self._settings.max_session_rows, getattr(context, "write_at_once", None))
         self._sessions.add(session)
 
         async def read() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 
 from plugmesh.errors import Overloaded, PlugmeshError
 from plugmesh_proto.v1 import decode_pb2 as pb
@@ -16,9 +16,12 @@ class Session:
     """The outgoing half of one consumer's stream.
 
     Not thread-safe: everything runs in the service's event loop.
+
+    Args:
+        send_at_once: Sends a frame before it returns, or says False when it cannot; then the frame goes by `frames`.
     """
 
-    def __init__(self, max_rows: int) -> None:
+    def __init__(self, max_rows: int, send_at_once: Callable[[pb.TokenFrame], bool] | None = None) -> None:
         self.request_ids: set[str] = set()
         self._frames: collections.deque[pb.TokenFrame] = collections.deque()
         self._num_rows = 0
@@ -26,6 +29,8 @@ class Session:
         self._ready = asyncio.Event()
         self._closed = False
         self._error: PlugmeshError | None = None
+        self._send_at_once = send_at_once
+        self._is_sending = False  # a frame that `frames` gave out is still on its way
 
     @property
     def overflowed(self) -> bool:
@@ -41,6 +46,8 @@ class Session:
         """As `put`; the frame belongs to the session from now on."""
         num_rows = len(frame.rows)
         if self._closed or not num_rows:
+            return
+        if self._send_at_once is not None and not self._frames and not self._is_sending and self._send_at_once(frame):
             return
         self._num_rows += num_rows
         if self._num_rows > self._max_rows:
@@ -68,7 +75,9 @@ class Session:
             if self._frames:
                 frame = self._frames.popleft()
                 self._num_rows -= len(frame.rows)
+                self._is_sending = True
                 yield frame
+                self._is_sending = False
             elif self._closed:
                 return
             else:

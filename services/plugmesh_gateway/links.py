@@ -94,14 +94,22 @@ class Link:
             self._wake.clear()
             await self._wake.wait()
 
+    def _take(self, message: Any) -> None:
+        if self.is_open:
+            self.last_alive = time.monotonic()
+            self._on_message(self, message)
+
     async def _read(self) -> None:
         error: PlugmeshError
         call = None
         try:
             call = self._open_call(self._messages())
-            async for message in call:
-                self.last_alive = time.monotonic()
-                self._on_message(self, message)
+            hand_over_to = getattr(call, "hand_over_to", None)
+            if hand_over_to is not None:  # the mesh's own calls have it, gRPC's have not
+                await hand_over_to(self._take)
+            else:
+                async for message in call:
+                    self._take(message)
             error = Unavailable(f"{self.info.role} {self.info.instance_id} ended its stream", retry_after_s=1)
         except grpc.RpcError as e:
             error = error_from_rpc(e)

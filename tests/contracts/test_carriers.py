@@ -168,4 +168,4 @@ def cut(carrier: NatsCarrier) -> None:
     """The process at this end of the connection is gone, as far as the broker can tell."""
     carrier.client.options["allow_reconnect"] = False
     carrier._closed = True
-    carrier.client._transport._io_writer.transport.abort()
+    carrier.client._transport.abort()

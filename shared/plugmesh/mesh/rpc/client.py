@@ -13,16 +13,19 @@ from typing import Any
 
 import grpc
 import grpc.aio
+import structlog
 from grpc_status import rpc_status
 
 from plugmesh import wire
-from plugmesh.errors import DeadlineExceeded, PayloadTooLarge, PlugmeshError, Unavailable
+from plugmesh.errors import DeadlineExceeded, InternalError, PayloadTooLarge, PlugmeshError, Unavailable
 from plugmesh.mesh import trace
 from plugmesh.mesh.rpc import frames
 from plugmesh.mesh.rpc.carrier import Carrier
 from plugmesh.mesh.rpc.frames import Packet
 from plugmesh.mesh.rpc.peers import PeerWatch
 from plugmesh.mesh.rpc.pipe import Pipe
+
+log = structlog.get_logger()
 
 CODES: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
 _OK = grpc.StatusCode.OK
@@ -317,6 +320,29 @@ class _StreamResponse(_Call):
         if pipe.locally_cancelled:
             raise asyncio.CancelledError
         return self._deserialize(raw)
+
+    async def hand_over_to(self, callback: Callable[[Any], None]) -> None:
+        """Calls `callback` with each message while it arrives, without a wake-up of any task; returns at the call's end.
+
+        Instead of reading, and without its flow control's effect: the callback is done with a message when it returns. Raises
+        as reading does. A callback that raises ends the call.
+        """
+        pipe, deserialize = self._pipe, self._deserialize
+
+        def take(raw: bytes) -> None:
+            try:
+                callback(deserialize(raw))
+            except Exception as e:
+                log.exception("rpc.callback_failed", error=type(e).__name__)
+                pipe.on_broken(InternalError("the receiver of a stream failed"))
+
+        pipe.hand_over_to(take)
+        try:
+            await pipe.wait_done()
+        except asyncio.CancelledError:
+            pipe.cancel()
+            raise
+        pipe.raise_for_status()
 
     def __aiter__(self) -> AsyncIterator[Any]:
         return self._messages()

@@ -1,8 +1,9 @@
 """The NATS carrier: one connection, one inbox subscription, a table of routes.
 
-nats-py awaits a subscription's callbacks one after another, so a callback here only looks up a route and calls it (those
-of the inbox at once, while the connection is read); a handler that takes time runs in a task of its own. Publishing never waits: the client's `publish` coroutine is run on the
-spot, and only if it has to wait (its buffer is full) a task finishes it, with later messages queued behind it.
+A callback only looks up a route and calls it (those of the inbox at once, while the connection is read); a handler that
+takes time runs in a task of its own. Publishing never waits: a message goes to the connection on the spot. Where something is
+in front of it or the broker has to catch up, the client's `publish` coroutine is started instead, and only if it has to wait,
+too, a task finishes it, with later messages queued behind it.
 """
 
 from __future__ import annotations
@@ -12,19 +13,18 @@ import pathlib
 import secrets
 import ssl
 from collections import deque
-from collections.abc import Callable, Coroutine, Generator
-from dataclasses import dataclass
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import nats
 import nats.errors
 import structlog
-from nats.aio.client import Client
 
 from plugmesh.errors import ConfigError, Unavailable
 from plugmesh.mesh import subjects
 from plugmesh.mesh.rpc.carrier import UNKNOWN, OnMessage, Undo
 from plugmesh.mesh.rpc.frames import MAX_MESSAGE_BYTES, MAX_METADATA_BYTES
+from plugmesh.mesh.rpc.nats_wire import Rest, WireClient, start
 
 log = structlog.get_logger()
 
@@ -32,49 +32,10 @@ HEAD_ROOM_BYTES = MAX_METADATA_BYTES + 4096
 MAX_BACKLOG_BYTES = 64 << 20    # publishing fails beyond; the credit windows keep it far below
 
 
-class _Client(Client):
-    """A client that hands the messages of one subscription over while it reads them.
-
-    nats-py puts every message into a queue from which a task of the subscription takes it. For the inbox, which carries
-    every packet of every call, that is a wake-up and a task switch per message for nothing: what happens there never waits.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._direct: dict[int, OnMessage] = {}
-
-    def take_directly(self, subscription: Any, callback: OnMessage) -> None:
-        """From now on `callback` gets what arrives for this subscription. It must neither wait nor raise."""
-        self._direct[subscription._id] = callback
-
-    async def _process_msg(self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes) -> None:
-        callback = self._direct.get(sid)
-        if callback is None:
-            await super()._process_msg(sid, subject, reply, data, headers)
-            return
-        self.stats["in_msgs"] += 1
-        self.stats["in_bytes"] += len(data)
-        parsed = await self._process_headers(headers) if headers else None
-        try:
-            callback(_Packet(subject.decode(), data, reply.decode(), parsed))
-        except Exception as e:  # an error here would end the reading of the connection
-            log.exception("nats.callback_failed", error=type(e).__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class _Packet:
-    """Implements `carrier.Message`."""
-
-    subject: str
-    data: bytes
-    reply: str
-    headers: dict[str, str] | None
-
-
 class NatsCarrier:
     """Implements `carrier.Carrier` over a NATS connection that reconnects for ever. Make it with `connect`."""
 
-    def __init__(self, client: Client, mesh: str, role: str) -> None:
+    def __init__(self, client: WireClient, mesh: str, role: str) -> None:
         self.client = client
         self.inbox = subjects.inbox(mesh, role, secrets.token_hex(8))
         self.routes: dict[str, OnMessage] = {}
@@ -104,7 +65,7 @@ class NatsCarrier:
                 password = password_file.read_text().strip()  # noqa: ASYNC240 - a few bytes, before anything runs
             except OSError as e:
                 raise ConfigError(f"cannot read mesh.nats.password_file {password_file}: {e.strerror}") from e
-        client = _Client()
+        client = WireClient()
         self = cls(client, mesh, role)
         options: dict[str, Any] = {}
         if user:
@@ -148,12 +109,18 @@ class NatsCarrier:
             self._backlog.append((subject, data, reply))
             self._backlog_bytes += len(data)
             return True
-        rest = _start(self.client.publish(subject, data, reply))
+        try:
+            if self.client.publish_at_once(subject, data, reply):
+                return True
+        except (OSError, RuntimeError) as e:  # RuntimeError: the event loop's, of a socket that is closed
+            self._note(e)
+            return False
+        rest = start(self.client.publish(subject, data, reply))
         if rest is not None:
             self._finisher = asyncio.get_running_loop().create_task(self._finish(rest))
         return True
 
-    async def _finish(self, rest: _Rest) -> None:
+    async def _finish(self, rest: Rest) -> None:
         try:
             await rest
             while self._backlog:
@@ -280,35 +247,3 @@ async def _quietly(what: Coroutine[Any, Any, Any]) -> None:
         await asyncio.wait_for(what, 5.0)
     except (nats.errors.Error, OSError, TimeoutError):
         pass
-
-
-class _Rest:
-    """A coroutine that has already run up to its first wait, made awaitable from there."""
-
-    def __init__(self, coroutine: Coroutine[Any, Any, Any], waits_for: Any) -> None:
-        self._coroutine = coroutine
-        self._waits_for = waits_for
-
-    def __await__(self) -> Generator[Any, None, Any]:
-        coroutine, waits_for = self._coroutine, self._waits_for
-        while True:
-            try:
-                value = yield waits_for
-            except BaseException as e:
-                try:
-                    waits_for = coroutine.throw(e)
-                except StopIteration as stop:
-                    return stop.value
-            else:
-                try:
-                    waits_for = coroutine.send(value)
-                except StopIteration as stop:
-                    return stop.value
-
-
-def _start(coroutine: Coroutine[Any, Any, Any]) -> _Rest | None:
-    """Runs a coroutine up to its first wait. None when it came to its end without one."""
-    try:
-        return _Rest(coroutine, coroutine.send(None))
-    except StopIteration:
-        return None

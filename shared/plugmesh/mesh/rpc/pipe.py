@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 from plugmesh.errors import DataLoss, PayloadTooLarge, PlugmeshError
@@ -62,6 +63,7 @@ class Pipe:
         self.send_window = SendWindow()
         self.receive_window = ReceiveWindow()
         self._inbound: deque[bytes] = deque()
+        self._taker: Callable[[bytes], None] | None = None   # gets messages as they arrive, instead of `read_message`
         self.remote_closed = False                   # no more messages will come
         self._readers: deque[asyncio.Future[None]] = deque()
         self._writers: deque[asyncio.Future[None]] = deque()
@@ -152,6 +154,18 @@ class Pipe:
             self._flush_handle = self.loop.call_soon(self.flush)
         return True
 
+    def write_at_once(self, message: bytes) -> bool:
+        """As `write_message`, in a packet of its own that leaves before this returns; False when it would have to wait.
+
+        False also for a message that `write_message` would refuse, and for a call that ended.
+        """
+        cap = self.carrier.max_message_bytes
+        if self.closed or self._batch or self._writers or not self.send_window.is_open() or (cap is not None and len(message) > cap):
+            return False
+        self.send_window.spend(len(message))
+        self.emit(self.decorate(Packet(frames.DATA, messages=(message,))))
+        return True
+
     # --- receiving ------------------------------------------------------------------------------------------------
 
     def deliver(self, message: Any) -> None:
@@ -193,12 +207,25 @@ class Pipe:
             except DataLoss as e:
                 self.on_broken(e)
                 return
-            self._wake(self._readers)
+            if self._taker is None:
+                self._wake(self._readers)
+            else:
+                self._hand_over()
         if p.flags & frames.CREDIT:
             self.send_window.grant(*p.credit)
             self._wake(self._writers)
         if p.flags & ~(frames.DATA | frames.CREDIT | frames.AGAIN):
             self.on_packet(p)
+
+    def hand_over_to(self, taker: Callable[[bytes], None]) -> None:
+        """From now on messages go to `taker` as they arrive, in the turn of the loop that read them. It must not raise."""
+        self._taker = taker
+        self._hand_over()
+
+    def _hand_over(self) -> None:
+        assert self._taker is not None
+        while self._inbound and not self.closed:
+            self._taker(self.take())
 
     async def read_message(self) -> bytes | None:
         """The next message, or None when there will be no more."""

@@ -474,6 +474,10 @@ class Context(grpc.aio.ServicerContext):
         if not await pipe.write_message(pipe.serialize(message)):
             raise asyncio.CancelledError
 
+    def write_at_once(self, message: Any) -> bool:
+        """Sends a message before it returns; False when that would have to wait or the call is over: nothing was sent, use `write`."""
+        return self._pipe.write_at_once(self._pipe.serialize(message))
+
     async def send_initial_metadata(self, initial_metadata: Any) -> None:
         pipe = self._pipe
         if pipe.initial_sent:
