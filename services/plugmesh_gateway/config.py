@@ -37,6 +37,11 @@ class Settings(ServiceSettings):
     # Token ids to text: within this process, with the model's table of tokens, or always at a tokenizer instance.
     detokenize: Literal["local", "tokenizer"] = "local"
 
+    # Strategies: one request into many.
+    default_strategy: str = ""                                    # of a plugin, for requests that name none; "": the model alone
+    strategy_budget_tokens: int = pydantic.Field(65536, ge=1)     # generated tokens of all children of one request
+    strategy_budget_calls: int = pydantic.Field(256, ge=1)        # and their number
+
     # Slow readers.
     max_buffered_events: int = pydantic.Field(4096, ge=1)         # per request, not yet taken by its client
 

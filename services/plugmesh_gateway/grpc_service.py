@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -17,6 +18,7 @@ from .handle import Gateway
 from .keys import KeyRing
 from .parse import check_priority, trace_of
 from .request import ChatPrompt, Message, Prompt, TextPrompt, TokenPrompt, Wanted, check_request_id, new_request_id
+from .strategies import choice_of_json
 
 log = structlog.get_logger()
 
@@ -38,6 +40,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
                         request_id=generation.request_id, sequence=e.index, text=e.text, tokens=e.tokens, finish_reason=finish_to_pb(e.finish_reason))
                     if i == len(batch) - 1 and generation.is_ended and generation.error is None and not generation.num_buffered:
                         event.usage.CopyFrom(_usage(generation))
+                        event.strategy_json = _detail(generation)
                     yield event
         except PlugmeshError as e:
             raise _public(e) from None
@@ -62,7 +65,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             for choice, parts in zip(choices, texts, strict=True):
                 choice.text = "".join(parts)
             return inference_pb2.InferenceResult(
-                request_id=wanted.request_id, model=accepted.model.model, choices=choices, usage=_usage(generation))
+                request_id=wanted.request_id, model=accepted.model.model, choices=choices, usage=_usage(generation),
+                strategy_json=_detail(generation))
         except PlugmeshError as e:
             raise _public(e) from None
         finally:
@@ -107,7 +111,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         return Wanted(
             request_id=request_id, route="grpc", model=request.model, prompts=(prompt,), sampling=sampling, max_tokens=max_tokens,
             stop=tuple(request.stop), priority=request.priority, timeout_s=max(left, 0.001) if left is not None else 0.0,
-            trace=trace_of(_metadata(context, "traceparent")), client=client)
+            trace=trace_of(_metadata(context, "traceparent")), client=client, strategy=choice_of_json(request.strategy_json))
 
 
 def _metadata(context: Any, name: str) -> str:
@@ -117,9 +121,11 @@ def _metadata(context: Any, name: str) -> str:
     return ""
 
 
+def _detail(generation: Generation) -> str:
+    return json.dumps(generation.detail) if generation.detail else ""
+
+
 def _usage(generation: Generation) -> Any:
-
-
     return common_pb2.Usage(
         prompt_tokens=generation.num_prompt_tokens, completion_tokens=generation.num_completion_tokens, cached_tokens=generation.num_cached_tokens)
 

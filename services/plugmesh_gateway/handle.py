@@ -12,11 +12,12 @@ import structlog
 from plugmesh.errors import AlreadyExists, Cancelled, DeadlineExceeded, PlugmeshError, Unavailable
 from plugmesh.host import PluginHost
 from plugmesh.kv.feed import DECODE, KvFeed
+from plugmesh.ledger import Ledger
 from plugmesh.limits import check_sampling, check_token_ids, fit_context
 from plugmesh.mesh.api import Mesh
 from plugmesh.records import AdmissionRequest
 from plugmesh.tracing import TRACING, Span
-from plugmesh.types import block_chain
+from plugmesh.types import FinishReason, block_chain
 
 from .admit import Admission, Admissions, Admitted
 from .config import Settings
@@ -25,8 +26,9 @@ from .generation import Engine, Generation, Outbox
 from .local_texts import LocalTexts
 from .measure import GatewayMetrics
 from .prepare import Models, ServedModel, Tokenizers
-from .request import ChatPrompt, Prepared, TextPrompt, Wanted
+from .request import ChatPrompt, Prepared, StrategyChoice, TextPrompt, Wanted
 from .route import SafeRouter
+from .strategies import Strategies, StrategyGeneration, Surroundings, num_computed
 from .text_links import TextLinks
 from .vocabularies import Vocabularies
 
@@ -53,6 +55,7 @@ class Gateway:
         self.limits = settings.limits()
         self.admission = Admission(max_places=settings.max_in_flight, max_queued=settings.max_queued, max_tokens=settings.max_pending_tokens)
         self.admissions = Admissions.choose(plugins, self.admission)
+        self.strategies = Strategies.load(plugins, settings.default_strategy)
         self.texts = TextLinks(mesh, stall_s=settings.stall_s)
         self.decode = DecodeLinks(mesh, stall_s=settings.stall_s, hang_s=settings.hang_s, on_frame=self._on_frame)
         self.models = Models(mesh, self.decode.peers, default_model)
@@ -132,6 +135,7 @@ class Gateway:
                 if missing:
                     raise Unavailable(f"no {' and no '.join(missing)} instance is ready", retry_after_s=2)
                 model, instances = await self.models.choose(wanted.model)
+                strategy = self.strategies.choose(wanted)
                 # 2. A place, in order of priority.
                 num_sequences = len(wanted.prompts) * wanted.sampling.num_sequences
                 ticket = await self.admissions.admit(
@@ -139,10 +143,22 @@ class Gateway:
                 # 3. Token ids, and the checks that need the model.
                 prompts = await self._prepare(wanted, model, deadline)
                 echoes = await self._echoes(wanted, model, deadline)
-                await ticket.take_tokens(
-                    sum(len(p.token_ids) for p in prompts), sum(p.sampling.max_tokens * p.sampling.num_sequences for p in prompts))
+                if strategy is None:
+                    await ticket.take_tokens(
+                        sum(len(p.token_ids) for p in prompts), sum(p.sampling.max_tokens * p.sampling.num_sequences for p in prompts))
+                else:
+                    ticket.release(0)  # its children are admitted one by one; a place held meanwhile could be the one they wait for
+                    facts = await self.tokenizers.facts(model, deadline)
             # 4. Route and run.
             held = ticket
+            if strategy is not None:
+                parent = StrategyGeneration(
+                    *strategy, self._ledger(strategy[1]), wanted, prompts[0],
+                    Surroundings(self.engine, self.admissions, self.limits, model, facts, instances, self._on_children_end),
+                    arrived=arrived, deadline=deadline, on_end=lambda g: self._on_end(g, held, span))
+                self._running[wanted.request_id] = parent
+                parent.run()
+                return Accepted(parent, model, echoes)
             generation = Generation(
                 self.engine, request_id=wanted.request_id, route=wanted.route, arrived=arrived, deadline=deadline,
                 on_end=lambda g: self._on_end(g, held, span))
@@ -218,6 +234,18 @@ class Gateway:
         self.metrics.frames.inc()
         self.texts.flush()
 
+    def _ledger(self, choice: StrategyChoice) -> Ledger:
+        most_tokens, most_calls = self.settings.strategy_budget_tokens, self.settings.strategy_budget_calls
+        return Ledger(min(choice.budget_tokens or most_tokens, most_tokens), min(choice.budget_calls or most_calls, most_calls))
+
+    def _on_children_end(self, batch: Generation, strategy: str) -> None:
+        num_out = num_computed(batch)
+        self.metrics.count_tokens(batch.num_prompt_tokens, num_out, batch.num_cached_tokens)
+        reasons = [s.finish_reason for run in batch.runs for s in run.sequences]
+        for reason in reasons:
+            self.metrics.children.labels(strategy, (reason or FinishReason.CANCELLED).value).inc()
+        log.debug("strategy.children_finished", request_id=batch.request_id, strategy=strategy, num_children=len(reasons), num_generated_tokens=num_out)
+
     def _on_end(self, generation: Generation, ticket: Admitted, span: Span) -> None:
         span.end(
             error=generation.error.code if generation.error else "", num_prompt_tokens=generation.num_prompt_tokens,
@@ -226,20 +254,18 @@ class Gateway:
         ticket.release(generation.num_completion_tokens)
         self._forget(generation.request_id)
         error = generation.error
-        reasons = {s.finish_reason.value for run in generation.runs for s in run.sequences if s.finish_reason is not None}
         if isinstance(error, Cancelled):
             outcome = "cancelled"
         elif error is not None:
             outcome = "error"
         else:
-            outcome = "length" if "length" in reasons else "stop"
+            outcome = "length" if FinishReason.LENGTH in generation.finish_reasons else "stop"
         num_prompt, num_out = generation.num_prompt_tokens, generation.num_completion_tokens
         e2e_s = generation.ended_at - generation.arrived
         m, route = self.metrics, generation.route
         m.requests.labels(route, outcome).inc()
-        m.tokens.labels("prompt").inc(num_prompt)
-        m.tokens.labels("completion").inc(num_out)
-        m.tokens.labels("cached").inc(generation.num_cached_tokens)
+        if not isinstance(generation, StrategyGeneration):  # else its children counted them
+            m.count_tokens(num_prompt, num_out, generation.num_cached_tokens)
         m.e2e.labels(route).observe(e2e_s)
         ttft_s = generation.first_token_at - generation.arrived if generation.first_token_at else 0.0
         if generation.first_token_at:

@@ -56,7 +56,13 @@ class GatewayMetrics:
         self.migrated = made.counter("gateway_migrated_total", "Running requests moved to another decode instance", ("cause",))
         self.replayed = made.counter("gateway_detokenizer_replays_total", "Sequences reopened on another tokenizer instance")
         self.frames = made.counter("gateway_frames_total", "Token frames received")
+        self.children = made.counter("gateway_strategy_children_total", "Generations that strategies started, by how they ended", ("strategy", "outcome"))
         self.slow_readers = made.counter("gateway_slow_readers_total", "Requests ended because their client read too slowly")
+
+    def count_tokens(self, num_prompt: int, num_completion: int, num_cached: int) -> None:
+        self.tokens.labels("prompt").inc(num_prompt)
+        self.tokens.labels("completion").inc(num_completion)
+        self.tokens.labels("cached").inc(num_cached)
 
     def gauge(self, name: str, help: str, read: Callable[[], float]) -> None:
         """A gauge that is read when it is scraped."""

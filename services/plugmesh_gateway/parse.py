@@ -17,7 +17,7 @@ from plugmesh.errors import InvalidRequest, LimitExceeded
 from plugmesh.limits import INT32_MAX, Limits, check_counts, check_sampling, check_stop
 from plugmesh.types import SamplingParams
 
-from .request import ChatPrompt, Message, Prompt, TextPrompt, TokenPrompt, Wanted
+from .request import ChatPrompt, Message, Prompt, StrategyChoice, TextPrompt, TokenPrompt, Wanted
 
 MAX_JSON_DEPTH = 64
 MAX_PRIORITY = 1_000_000
@@ -74,6 +74,7 @@ class _Common(_Body):
     ignore_eos: bool | None = None
     stop_token_ids: list[int] | None = None
     priority: int | None = None
+    strategy: dict[str, Any] | None = None
     # They change nothing here.
     user: str | None = None
     store: bool | None = None
@@ -325,6 +326,7 @@ def _wanted(
         request_id=request_id, route=route, model=body.model or "", prompts=prompts, sampling=sampling, max_tokens=max_tokens,
         stop=stop, priority=priority, echo=echo, trace=trace_of(headers.get("traceparent", "")),
         client=client or (body.user or "")[:_MAX_USER_CHARS],
+        strategy=StrategyChoice.read(body.strategy) if body.strategy is not None else None,
     )
 
 

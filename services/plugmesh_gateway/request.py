@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from plugmesh.detokenize import TokenTable
 from plugmesh.errors import InvalidRequest
@@ -51,6 +53,33 @@ Prompt = ChatPrompt | TextPrompt | TokenPrompt
 
 
 @dataclass(frozen=True, slots=True)
+class StrategyChoice:
+    """The strategy that a client asked for; "none" for none. Budgets of 0 take the gateway's own, which are also their upper limits."""
+
+    name: str
+    options: Mapping[str, Any]
+    budget_tokens: int = 0
+    budget_calls: int = 0
+
+    @classmethod
+    def read(cls, value: Any) -> StrategyChoice:
+        """From `{"name": ..., "budget_tokens": ..., "budget_calls": ..., option: ...}`; options are the strategy's own to check. Raises InvalidRequest."""
+        if not isinstance(value, dict):
+            raise InvalidRequest("strategy must be an object with a name", param="strategy")
+        options = dict(value)
+        name = options.pop("name", None)
+        if not isinstance(name, str) or not name:
+            raise InvalidRequest("strategy.name must be a string", param="strategy.name")
+        budgets = {}
+        for key in ("budget_tokens", "budget_calls"):
+            budget = options.pop(key, None)
+            if budget is not None and (type(budget) is not int or budget < 1):
+                raise InvalidRequest(f"strategy.{key} must be a whole number above 0", param=f"strategy.{key}")
+            budgets[key] = budget or 0
+        return cls(name, options, **budgets)
+
+
+@dataclass(frozen=True, slots=True)
 class Wanted:
     """What a client asked for, checked except for what needs the model.
 
@@ -74,6 +103,7 @@ class Wanted:
     timeout_s: float = 0.0
     trace: dict[str, str] = field(default_factory=dict)
     client: str = ""
+    strategy: StrategyChoice | None = None
 
 
 @dataclass(frozen=True, slots=True)

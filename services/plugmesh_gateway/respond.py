@@ -104,6 +104,8 @@ class Shape:
 
     def usage_chunk(self, generation: Generation) -> bytes:
         body = {"id": self.id, "object": self._chunk_object(), "created": self.created, "model": self.model, "choices": [], "usage": usage_object(generation)}
+        if generation.detail:
+            body["strategy"] = generation.detail
         return b"data: " + json.dumps(body).encode() + b"\n\n"
 
     def whole(self, events: Sequence[Event], pieces: Mapping[int, bytes], generation: Generation) -> bytes:
@@ -117,9 +119,12 @@ class Shape:
             if e.finish_reason is not None:
                 reasons[e.index] = _reason(e.finish_reason)
         choices = [self._choice(i, "".join(t), tokens[i], reasons[i], pieces) for i, t in enumerate(texts)]
-        return json.dumps({
+        body = {
             "id": self.id, "object": self.kind, "created": self.created, "model": self.model, "choices": choices, "usage": usage_object(generation),
-        }).encode()
+        }
+        if generation.detail:
+            body["strategy"] = generation.detail
+        return json.dumps(body).encode()
 
     def _chunk_object(self) -> str:
         raise NotImplementedError

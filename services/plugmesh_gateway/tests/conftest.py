@@ -152,6 +152,7 @@ class ScriptedDecode(decode_pb2_grpc.DecodeServicer):
         self.eos = EOS
         self.token_delay_s = 0.0
         self.top = 0
+        self.confidence: Callable[[int], float] = lambda token: 1.0
         self.changed = asyncio.Event()
 
     def poke(self) -> None:
@@ -168,6 +169,7 @@ class ScriptedDecode(decode_pb2_grpc.DecodeServicer):
         live: dict[str, dict[int, list[int]]] = {}
         requests: dict[str, decode_pb2.GenerateRequest] = {}
         counts: dict[str, dict[int, int]] = {}
+        ended: list[str] = []  # cancelled, their last row is to be sent
         wake = asyncio.Event()
 
         async def read() -> None:
@@ -191,7 +193,8 @@ class ScriptedDecode(decode_pb2_grpc.DecodeServicer):
                     if c.one_sequence:
                         live.get(c.request_id, {}).pop(c.sequence, None)
                     if not c.one_sequence or not live.get(c.request_id):
-                        live.pop(c.request_id, None)
+                        if live.pop(c.request_id, None) is not None:
+                            ended.append(c.request_id)
                         self.live.pop(c.request_id, None)
                 wake.set()
                 self.poke()
@@ -200,6 +203,8 @@ class ScriptedDecode(decode_pb2_grpc.DecodeServicer):
         try:
             while True:
                 frame = decode_pb2.TokenFrame(step=self.num_steps)
+                while ended:
+                    frame.rows.add(request_id=ended.pop(), finish_reason=common_pb2.FINISH_REASON_CANCELLED, request_done=True)
                 for rid, sequences in list(live.items()):
                     if self.error is not None:
                         frame.rows.add(request_id=rid, finish_reason=common_pb2.FINISH_REASON_ERROR, error=wire.error_to_pb(self.error), request_done=True)
@@ -215,6 +220,8 @@ class ScriptedDecode(decode_pb2_grpc.DecodeServicer):
                         info = common_pb2.TokenInfo(token_id=token, logprob=-0.5 if r.sampling.logprobs else 0.0)
                         for a in range(r.sampling.top_logprobs):
                             info.top.add(token_id=(token + a) % 256, logprob=-0.5 - a)
+                        if r.sampling.confidence_top_k:
+                            info.confidence = self.confidence(token)
                         row = frame.rows.add(request_id=rid, sequence=i, index=k, tokens=[info])
                         counts[rid][i] = k + 1
                         if (token == self.eos and not r.sampling.ignore_eos) or token in r.sampling.stop_token_ids:
