@@ -7,12 +7,15 @@ engine's protocols (`plugmesh_engine.seams`) only as types of what `build` retur
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from plugmesh.ledger import Ledger
-from plugmesh.types import FinishReason, InstanceInfo, KvLayout, SamplingParams, TokenInfo
+from plugmesh.types import FinishReason, InstanceInfo, KvLayout, ModelConfig, SamplingParams, TokenInfo
+
+if TYPE_CHECKING:
+    import numpy as np
 
 PrefillMode = Literal["auto", "local", "remote"]
 
@@ -242,7 +245,7 @@ class QualitySubject(Protocol):
     """One side of a quality comparison: a model as it runs with or without plugins, or the float32 reference.
 
     Attributes:
-        kinds: What this side can do: "logits" (`logits`), "tokens" (`generate`), "answers" (`answer`). A metric runs where all that it needs is there.
+        kinds: What this side can do: "logits" (`logits`), "tokens" (`generate`), "answers" (`answer`, `complete`). A metric runs where all that it needs is there.
         seed: Draws from it are the same on every side.
         is_quick: Only to see that everything runs; use the smallest size that does.
         context_tokens: Longest prompt plus output.
@@ -273,6 +276,9 @@ class QualitySubject(Protocol):
 
     def answer(self, questions: Sequence[str], max_tokens: int) -> list[str]:
         """The greedy answer to each question, as a chat of one message."""
+
+    def complete(self, texts: Sequence[str], max_tokens: int) -> list[str]:
+        """The greedy continuation of each text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -432,3 +438,161 @@ class StrategyRecord:
 
     name: str
     build: Callable[[], Strategy]
+
+
+# -- weight formats: weightstore packs, prefill and decode load -----------------------------------------------------------------------------------------
+
+Foreign = Any
+"""A Python callable, or a PyCapsule made by `plugmesh_kernels.jit.capsule`.
+
+A capsule is called without the GIL by all threads of the executor at once (v1 of the linear: by one); a callable by the executor's thread with the GIL held.
+Arrays that a callable gets are views, valid for the call. What a capsule's context points at must live as long as the object that offers the capsule.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class PackedTensor:
+    """One tensor as a format stores it.
+
+    Attributes:
+        name: The model's name of the tensor, or one of the format's own ("codebook.3"), which must not be one of the model's.
+        dtype: "float32", a type of `plugmesh_kernels.pack` ("q4_1x16", "q8_0x16", "bf16x16", "f32x16": then it is used as if no plugin were there), or
+            "<format>/<kind>", which only the format understands. At most 32 characters.
+        shape: At least one axis. Of a tensor of the model: the model's, whatever the bytes look like, since it is checked against the configuration.
+        data: All bytes, in pieces of any length; consumed once.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    data: Iterable[bytes | bytearray | memoryview | np.ndarray]
+
+
+class WeightSource(Protocol):
+    """The imported model, as `WeightFormatRecord.pack` reads it. Matrices are (out, in); names are Hugging Face's."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+    def names(self) -> list[str]:
+        """All tensors, in file order; a tied head is not among them."""
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def tensor(self, name: str) -> np.ndarray:
+        """Float32 values, dequantised anew in every call, so the caller may change them. Raises KeyError."""
+
+    def native(self, name: str) -> PackedTensor:
+        """The tensor as the format "native" has it, every value unchanged: what embedding, head and norms usually keep. Raises KeyError."""
+
+    def activations(self, num_tokens: int, seed: int) -> Mapping[str, np.ndarray]:
+        """Inputs (num_tokens, K) float32 of every linear, by tensor name, on English text drawn by `seed`; read only.
+
+        The head is under "lm_head.weight", also when it is tied. Linears of one input (q, k, v; gate, up) share an array. The model runs in float32 with
+        the source's weights, once per (num_tokens, seed), when the first array is asked for: SmolLM2-135M takes some 10 s per 1,000 tokens on two cores
+        and 0.5 MB per token. The same arguments give the same values.
+
+        Raises:
+            FailedPrecondition: The model came without a tokenizer that can be used here.
+        """
+
+
+class LoadedWeights(Protocol):
+    """A packed model in an engine's process, as `WeightFormatRecord.load` reads it."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+    def names(self) -> list[str]: ...
+
+    def entry(self, name: str) -> tuple[str, tuple[int, ...], np.ndarray]:
+        """(dtype, shape, bytes): flat uint8, read only, starting at a multiple of 64, valid for as long as the array or a view of it lives; engines of a
+        host share its memory, so a format that multiplies straight from it costs nothing more. Raises KeyError."""
+
+
+class PluginWeights(Protocol):
+    """What a format gives an engine in place of the native weights. The engine keeps the object for as long as it may call.
+
+    Every tensor of the model whose dtype is the format's own must be in `linears` or `buffers`, the embedding in `embedding`.
+
+    Attributes:
+        linears: Tensor name to a Foreign that multiplies by it. A callable `f(x, y)` fills y (T, N) from x (T, K), float32; capsules are
+            "plugmesh.linear.v1", `void(void* ctx, const float* x, int t, int k, float* y, int n)`, one thread while the others wait, and
+            "plugmesh.linear.v2" with `int thread, int num_threads` at the end, called by every thread at once: each fills its own share of the N columns of y
+            for all T rows and does not wait for the others. Linears of one input are called one after another with the same x (q, k, v; gate, up): the
+            first may encode x for the rest, each thread for itself. x of another layer may lie at the same address.
+            "lm_head.weight" names the head, tied or not. A bias is added by the engine.
+        buffers: Tensor name to (dtype of `plugmesh_kernels.pack`, shape, uint8 array that starts at a multiple of 64): memory that stands for the tensor and
+            that `before_layer` fills. Tensors of different layers may share one array. `plugmesh_engine.weights.aligned` makes such arrays.
+        before_layer: Called before every layer with its number, and with `num_layers` before the head: a callable `f(layer)`, or a capsule
+            "plugmesh.layer.v1", `void(void* ctx, int layer, int thread, int num_threads)`, called by every thread at once; all wait for all before they go on.
+        embedding: For an embedding that is not native: a callable `f(tokens (T,) int32, x (T, hidden) float32 to fill)`, or a capsule "plugmesh.embedding.v1",
+            `void(void* ctx, const int32_t* tokens, int t, float* x, int thread, int num_threads)`, each thread filling its share of the rows.
+        num_bytes: Of weights that stay in memory, the mapped ones and the buffers; what the leaderboard shows.
+    """
+
+    @property
+    def linears(self) -> Mapping[str, Foreign]: ...
+    @property
+    def buffers(self) -> Mapping[str, tuple[str, tuple[int, ...], np.ndarray]]: ...
+    @property
+    def before_layer(self) -> Foreign | None: ...
+    @property
+    def embedding(self) -> Foreign | None: ...
+    @property
+    def num_bytes(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFormatRecord:
+    """A way to store a model's weights and to multiply by them.
+
+    Used by a mesh that says `weight_format = "<name>"` in [services.prefill] and [services.decode] and loads the plugin there and in the weightstore. Works
+    under the native executor and, slowly, under torch, which calls the same functions.
+
+    Attributes:
+        name: In the catalogue and in `weight_format`; letters, digits, "-" and "_", at most 24.
+        pack: Packs a whole model, so that scales can be folded into norms and matrices rotated; runs in the weightstore, in a thread, once per model and
+            `variant`. Tensors are consumed one by one, so a generator keeps memory low.
+        load: Runs in the engine's process, once per load.
+        is_lossless: Whether every product is that of the source's weights.
+        variant: Whatever changes the bytes: settings, and a version of the packing code. Another variant is packed anew, and KV of different bytes never mixes.
+    """
+
+    name: str
+    pack: Callable[[WeightSource], Iterable[PackedTensor]]
+    load: Callable[[LoadedWeights], PluginWeights]
+    is_lossless: bool
+    variant: str = ""
+
+
+# -- KV codecs: prefill, decode -------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class KvCodecContext:
+    """What a KV codec may know when it is built.
+
+    Attributes:
+        config: Of the model.
+        model_version: For `KvLayout.model`, and to find what was trained for these weights.
+        num_blocks: Blocks 1 to num_blocks are handed out; block 0 is the null block, so the memory holds num_blocks + 1.
+        num_threads: Threads that will call the capsule, or that a codec of Python may use itself.
+    """
+
+    config: ModelConfig
+    model_version: str
+    num_blocks: int
+    num_threads: int
+
+
+@dataclass(frozen=True, slots=True)
+class KvCodecRecord:
+    """A form of KV of its own, with the attention over it.
+
+    `build(context)` is called once per engine and returns a `plugmesh_engine.seams.KvCodec`. Prefill and decode must use the same one: blocks of different
+    layouts never mix, so otherwise every remote prefill is refused and computed again by decode.
+    """
+
+    name: str
+    build: Callable[[KvCodecContext], Any]

@@ -167,7 +167,8 @@ def _examiner(
         with _failing(found, "served output", side):
             prompts = fidelity_prompts(served, num)
             found.outputs.setdefault("served", {})[side] = {
-                "greedy": served.complete(prompts, length, temperature=0, seed=SEED), "seeded": served.complete(prompts, length, temperature=0.8, seed=SEED),
+                "greedy": served.continuations(prompts, length, temperature=0.0, seed=SEED),
+                "seeded": served.continuations(prompts, length, temperature=0.8, seed=SEED),
             }  # fmt: skip
         if "quality" in options.parts and not subject.has_engine_side:
             for metric in metrics:

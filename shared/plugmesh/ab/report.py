@@ -38,7 +38,8 @@ def build(
         "claims": [{"slug": c.slug, **c.claim.model_dump()} for c in subject.cards if c.claim],
         "settings": {slug: dict(values) for slug, values in subject.settings.items()},
         "declared": subject.fidelity, "fidelity": fidelity, "holds": all(v["holds"] for v in fidelity.values()),
-        "facts": found.facts, "memory": _memory(found), "speed": [row for tier in found.speed for row in _speed(tier, workloads, found)],
+        "facts": found.facts, "memory": _memory(found), "served_memory": found.speed.get("served", {}).get("memory", {}),
+        "speed": [row for tier in found.speed for row in _speed(tier, workloads, found)],
         "quality": [q for q in quality if q], "failures": found.failures,
     }  # fmt: skip
 

@@ -78,6 +78,9 @@ class _Base:
     def answer(self, questions: Sequence[str], max_tokens: int) -> list[str]:
         raise FailedPrecondition(f"{type(self).__name__} answers nothing")
 
+    def complete(self, texts: Sequence[str], max_tokens: int) -> list[str]:
+        raise FailedPrecondition(f"{type(self).__name__} completes nothing")
+
 
 class EngineSubject(_Base):
     """An engine in this process."""
@@ -114,6 +117,9 @@ class EngineSubject(_Base):
     def answer(self, questions: Sequence[str], max_tokens: int) -> list[str]:
         return [self.decode(ids) for ids in self.generate([self._text.chat(q) for q in questions], max_tokens)]
 
+    def complete(self, texts: Sequence[str], max_tokens: int) -> list[str]:
+        return [self.decode(ids) for ids in self.generate([self.encode(t) for t in texts], max_tokens)]
+
 
 class ReferenceSubject(_Base):
     """The slow float32 model over the file's own weights; `chunk_tokens` makes no difference to it."""
@@ -148,7 +154,10 @@ class ServedSubject(_Base):
             found.append(str(self._post("/chat/completions", body)["choices"][0]["message"]["content"] or ""))
         return found
 
-    def complete(self, prompts: Sequence[Sequence[int]], max_tokens: int, *, temperature: float, seed: int) -> list[str]:
+    def complete(self, texts: Sequence[str], max_tokens: int) -> list[str]:
+        return self.continuations([self.encode(t) for t in texts], max_tokens, temperature=0.0, seed=0)
+
+    def continuations(self, prompts: Sequence[Sequence[int]], max_tokens: int, *, temperature: float, seed: int) -> list[str]:
         """Text after each prompt; prompt i draws with `seed + i`."""
         found = []
         for i, prompt in enumerate(prompts):

@@ -29,7 +29,11 @@ def page(report: dict[str, Any]) -> str:
     """The whole page of a report of `run_rounds` or `run_serve`."""
     is_serve = report["kind"] == "serve"
     title = "plugmesh bench serve" if is_serve else f"plugmesh bench {report['kind']}"
-    body = _serve(report) if is_serve else _comparison(report)
+    return document(title, report, _serve(report) if is_serve else _comparison(report))
+
+
+def document(title: str, report: dict[str, Any], body: str) -> str:
+    """A page around a body: style, title, and from the report the machine, the time and the command."""
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body><h1>{escape(title)}</h1>{_machine(report)}{body}</body></html>\n"

@@ -9,6 +9,7 @@ from html import escape
 
 COLOURS = {
     "engine": "#0f766e", "mesh": "#2563eb", "llama.cpp": "#b45309", "vllm": "#9333ea", "transformers": "#64748b",
+    "without": "#64748b", "with": "#0f766e", "reference": "#b45309",
 }  # fmt: skip
 _SPARE = ("#0f766e", "#2563eb", "#b45309", "#9333ea", "#64748b", "#be123c")
 
