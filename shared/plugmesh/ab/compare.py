@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,7 +86,7 @@ async def compare(subject: Subject, setting: Setting, options: Options, progress
         if "speed" in options.parts:
             await _speed("engine", [SideEngine(setting, subject, s) for s in SIDES], workloads, setting, options, found, progress)
     if "served" in options.tiers:
-        meshes = [SideMesh(setting, subject, s, _examiner(subject, setting, options, s, metrics, found)) for s in SIDES]
+        meshes = [SideMesh(setting, subject, s, examiner(subject, setting, options, s, metrics, found)) for s in SIDES]
         await _speed("served", meshes, workloads if "speed" in options.parts else [], setting, options, found, progress)
     return r.build(subject, options, machine, metrics, workloads, found)
 
@@ -156,7 +156,7 @@ def _memory_work(options: Options) -> list[tuple[Call, ...]]:
     return [*short, *random_prompts(Shape(num_conversations=1, num_in=long, num_out=num_out), 2)]
 
 
-def _examiner(
+def examiner(
     subject: Subject, setting: Setting, options: Options, side: str, metrics: Sequence[QualityMetricRecord], found: Findings
 ) -> Callable[[str, str], None]:
     """What is asked of a mesh before its speed is measured: the same texts; and quality, where no engine side has told it."""
@@ -200,6 +200,6 @@ async def _speed(
         found.fail(f"{tier} {failure['measure']}", failure["system"], failure["reason"])
 
 
-def run(subject: Subject, setting: Setting, options: Options, progress: Progress | None = None) -> Mapping[str, Any]:
+def run(subject: Subject, setting: Setting, options: Options, progress: Progress | None = None) -> dict[str, Any]:
     """`compare` from code without an event loop."""
     return asyncio.run(compare(subject, setting, options, progress))
