@@ -20,15 +20,21 @@ def check_request(request: EngineRequest, model: ModelConfig, config: EngineConf
         raise InvalidRequest("the prompt is empty", param="token_ids")
     check_sampling(request.sampling, model.vocab_size)
     p = request.sampling
-    if p.num_sequences > config.max_num_sequences:
-        raise LimitExceeded(f"{p.num_sequences} sequences wanted, at most {config.max_num_sequences} run together", param="num_sequences")
+    if request.num_sequences > config.max_num_sequences:
+        param = "score" if request.score else "num_sequences"
+        raise LimitExceeded(f"{request.num_sequences} sequences wanted, at most {config.max_num_sequences} run together", param=param)
     _check_resume(request, model.vocab_size)
+    _check_primitives(request, model)
     num_prompt = len(request.token_ids)
-    if num_prompt + p.max_tokens > max_model_len:
+    if request.score:
+        longest = max(map(len, request.score))
+        if num_prompt + longest > max_model_len:
+            raise ContextLengthExceeded(f"{num_prompt} prompt tokens plus a continuation of {longest} exceed the context of {max_model_len}", param="score")
+    elif num_prompt + p.max_tokens > max_model_len:
         raise ContextLengthExceeded(
             f"{num_prompt} prompt tokens plus max_tokens {p.max_tokens} exceed the context of {max_model_len}", param="max_tokens"
         )
-    longest = num_prompt + max((len(r) for r in request.resume), default=0) + 1
+    longest = num_prompt + max((len(r) for r in (*request.resume, *request.score)), default=0) + 1
     if -(-longest // BLOCK_TOKENS) > config.num_blocks:
         raise ContextLengthExceeded(f"{longest} tokens do not fit the KV pool of {config.num_blocks * BLOCK_TOKENS}", param="token_ids")
     _check_kv(request, layout)
@@ -76,6 +82,27 @@ def _check_resume(request: EngineRequest, vocab_size: int) -> None:
         _check_ids(tokens, vocab_size, "resume")
         if len(tokens) > request.sampling.max_tokens:
             raise InvalidRequest(f"{len(tokens)} resumed tokens exceed max_tokens {request.sampling.max_tokens}", param="resume")
+
+
+def _check_primitives(request: EngineRequest, model: ModelConfig) -> None:
+    """score, taps, hold and max_total_tokens: ranges, and what does not go together."""
+    for tokens in request.score:
+        if not tokens:
+            raise InvalidRequest("a continuation to score is empty", param="score")
+        _check_ids(tokens, model.vocab_size, "score")
+    if request.score and (request.prefill_only or request.resume or request.hold or request.taps):
+        raise InvalidRequest("a request that scores generates nothing: no prefill_only, resume, hold or taps", param="score")
+    if request.hold and request.prefill_only:
+        raise InvalidRequest("a prefill_only request keeps its blocks anyway", param="hold")
+    if request.taps:
+        if request.num_sequences != 1 or request.prefill_only:
+            raise InvalidRequest("hidden states are told of a request with one sequence that is not prefill_only", param="taps")
+        if len(set(request.taps)) != len(request.taps) or not all(0 <= layer <= model.num_layers for layer in request.taps):
+            raise InvalidRequest(f"taps must be different layers from 0 to {model.num_layers}", param="taps")
+    if request.tap_from < 0:
+        raise InvalidRequest("tap_from must be 0 or more", param="tap_from")
+    if request.max_total_tokens < 0:
+        raise InvalidRequest("max_total_tokens must be 0 or more", param="max_total_tokens")
 
 
 def _check_kv(request: EngineRequest, layout: KvLayout) -> None:

@@ -30,6 +30,7 @@ class EngineConfig:
         max_waiting: Requests that may wait; `Overloaded` above it.
         prefix_cache: Whether blocks stay findable after their sequence ended.
         num_threads: Threads of the executor; 0 takes all cores that the process may run on (torch: leaves the process's setting).
+        max_held: Sequences that may be held after their end (`EngineRequest.hold`); Overloaded above it.
         max_draft_tokens: Most tokens that a draft method may add to one sequence's step; 0 switches drafting off.
     """
 
@@ -45,6 +46,7 @@ class EngineConfig:
     prefix_cache: bool = True
     num_threads: int = 0
     max_draft_tokens: int = 16
+    max_held: int = 64
 
 
 def resolve_executor(config: EngineConfig, architecture: str = "llama") -> str:

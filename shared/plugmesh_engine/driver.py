@@ -149,7 +149,7 @@ class EngineDriver:
                 log.exception("engine.step_failed")
                 self._deliver(self._on_failure, InternalError(f"the engine failed: {type(e).__name__}"))
                 continue
-            if output.tokens or output.blocks_ready or output.kv_imported:
+            if output.tokens or output.blocks_ready or output.kv_imported or output.hidden:
                 self._deliver(self._on_step, output, exported)
 
     def _deliver(self, callback: Callable[..., None], *args: Any) -> None:

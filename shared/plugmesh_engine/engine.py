@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import bisect
-import itertools
+import dataclasses
 import secrets
 import time
 import traceback
@@ -14,17 +14,28 @@ from typing import Any
 import numpy as np
 import structlog
 
-from plugmesh.errors import AlreadyExists, InternalError, NotFound, Overloaded, PlugmeshError
-from plugmesh.records import DraftContext, SchedulerContext
+from plugmesh.errors import AlreadyExists, InternalError, InvalidRequest, NotFound, Overloaded, PlugmeshError
+from plugmesh.records import DraftContext, KvCodecRecord, SchedulerContext
 from plugmesh.types import BLOCK_TOKENS, FinishReason, TokenInfo, Usage, block_chain, block_id
 from plugmesh_engine.admission import check_request
-from plugmesh_engine.batch import Rows, StepResult
+from plugmesh_engine.batch import StepResult
 from plugmesh_engine.config import EngineConfig
+from plugmesh_engine.forks import Holds, Origin
 from plugmesh_engine.kv.pool import BlockPool, OutOfBlocks
 from plugmesh_engine.kv.view import PoolView
 from plugmesh_engine.measure import measure_step_ms, teacher_forced
+from plugmesh_engine.outcome import (
+    MAX_SCORED_ROWS,
+    Sampled,
+    choose_tokens,
+    cut_scored,
+    drop_bad_drafts,
+    hidden_rows,
+    rows_of,
+    taps_of,
+)
 from plugmesh_engine.requests import BlockReady, EngineRequest, EngineStats, StepOutput, TokenEvent
-from plugmesh_engine.sampler import Choose, SampleRow, needs_counts, sample
+from plugmesh_engine.sampler import Choose, needs_counts
 from plugmesh_engine.scheduler import FcfsScheduler
 from plugmesh_engine.seams import Executor, Model, Scheduler, SequenceView
 from plugmesh_engine.sequence import Group, State
@@ -32,8 +43,6 @@ from plugmesh_engine.sequence import Sequence as Seq
 from plugmesh_engine.speculate import Drafter, Planned
 
 log = structlog.get_logger()
-
-Sampled = tuple[Seq, Planned, Sequence[TokenInfo | None]]  # a sequence, its part of the step, and a token for each wanted row
 
 
 class Engine:
@@ -44,6 +53,7 @@ class Engine:
     Args:
         scheduler: A `seams.Scheduler`, or a `plugmesh.records.SchedulerRecord` to build one from; None for the engine's own.
         drafts: A `seams.DraftMethod`, or a `plugmesh.records.DraftRecord` to build one from; None for no drafts.
+        kv_codec: Keeps the KV in a plugin's form.
         executor: Used in place of the model's own.
 
     Raises:
@@ -57,17 +67,19 @@ class Engine:
         *,
         scheduler: Any = None,
         drafts: Any = None,
+        kv_codec: KvCodecRecord | None = None,
         executor: Executor | None = None,
     ) -> None:
         c = model.config
         self.model = model
         self.config = config
         self.max_model_len = min(config.max_model_len or c.max_position, c.max_position)
-        self._executor = executor or model.build_executor(config)
+        self._executor = executor or (model.build_executor(config, kv_codec) if kv_codec is not None else model.build_executor(config))
         self.layout = self._executor.layout
         self._layout_key = self.layout.key()
         self._pool = BlockPool(self.layout, config.num_blocks, self._executor.memory)
         self._view = PoolView(self._pool)
+        self._holds = Holds(self._pool)
         self._choose: Choose | None = getattr(self._executor, "sample", None)
         self._eos = c.eos_token_ids
         self._groups: dict[str, Group] = {}
@@ -77,6 +89,7 @@ class Engine:
         self._out = StepOutput(step=0)
         self._arrivals = 0
         self._num_steps = self._num_generated = self._num_preemptions = self._num_scheduler_errors = 0
+        self._num_forks = self._num_scored = 0
         self._prefix_hits = self._prefix_queries = self._num_imported = 0
         self._own_scheduler: Scheduler = FcfsScheduler(config.max_tokens_per_step, config.max_num_sequences)
         self._scheduler_name = getattr(scheduler, "name", type(scheduler).__name__)
@@ -99,31 +112,85 @@ class Engine:
         """Queues a request. Nothing changes when it raises.
 
         Raises:
-            AlreadyExists: The id is in use, by a retained prompt perhaps.
-            Overloaded: `max_waiting` requests wait already.
+            AlreadyExists: The id is in use, by a retained prompt or a held sequence perhaps.
+            Overloaded: `max_waiting` requests wait already, or as many sequences are held as may be.
             ContextLengthExceeded: Prompt plus max_tokens exceed the context, or the prompt the KV pool.
             InvalidRequest: A field is out of range; `param` names it.
         """
-        if request.request_id in self._groups or request.request_id in self._retained:
+        self._add(request)
+
+    def fork(self, request_id: str, sequence: int, new: EngineRequest, num_tokens: int | None = None) -> int:
+        """Queues a request that goes on from another one's sequence, running or held, whose KV it shares until one of them writes.
+
+        What it gives is what a fresh request over the same tokens would give.
+
+        Args:
+            new: Its `token_ids` follow the sequence's tokens; it may have none. Anything but prefill_only, resume and kv.
+            num_tokens: Tokens of the sequence, prompt included, that are gone on from; None for all there are now.
+
+        Returns:
+            Tokens of the new prompt that came from the sequence.
+
+        Raises:
+            NotFound: The sequence neither runs nor is held.
+            InvalidRequest: It has fewer tokens; and all that `add` raises.
+        """
+        origin = self._origin(request_id, sequence)
+        if origin is None:
+            raise NotFound(f"sequence {sequence} of request {request_id!r} neither runs nor is held")
+        n = len(origin.tokens) if num_tokens is None else num_tokens
+        if not 0 <= n <= len(origin.tokens):
+            raise InvalidRequest(f"the sequence has {len(origin.tokens)} tokens, {n} are to be gone on from", param="num_tokens")
+        if new.prefill_only or new.resume or new.kv:
+            raise InvalidRequest("a fork brings no prefill_only, resume or kv", param="fork")
+        self._add(dataclasses.replace(new, token_ids=(*origin.tokens[:n], *new.token_ids)), origin, min(n, origin.num_computed))
+        self._num_forks += 1
+        return n
+
+    def _origin(self, request_id: str, sequence: int) -> Origin | None:
+        held = self._holds.find(request_id, sequence)
+        if held is not None or request_id not in self._groups:
+            return held
+        g = self._groups[request_id]
+        s = next((s for s in g.alive if s.index == sequence and not s.to_score), None)
+        if s is None:
+            return None
+        computed_by = s if g.forked else g.alive[0]  # siblings share the prompt that the first one computes
+        if computed_by.state is State.WAITING and g.inherited:
+            return Origin(s.tokens, g.num_inherited, g.inherited)
+        return Origin(s.tokens, computed_by.num_computed, computed_by.blocks)
+
+    def _add(self, request: EngineRequest, origin: Origin | None = None, num_inherited: int = 0) -> None:
+        if request.request_id in self._groups or request.request_id in self._retained or request.request_id in self._holds:
             raise AlreadyExists(f"request id {request.request_id!r} is in use", param="request_id")
         check_request(request, self.model.config, self.config, self.max_model_len, self.layout)
         if len(self._waiting) >= self.config.max_waiting:
             raise Overloaded(f"{len(self._waiting)} requests wait already", retry_after_s=1.0)
+        if request.hold:
+            to_hold = sum(len(g.alive) for g in self._groups.values() if g.request.hold)
+            if self._holds.num_sequences + to_hold + request.num_sequences > self.config.max_held:
+                raise Overloaded(f"{self._holds.num_sequences} sequences are held and {to_hold} will be, at most {self.config.max_held}", retry_after_s=1.0)
         sampling = request.sampling
         seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
         group = Group(request, self._arrivals, seed, kv=request.kv, cache=request.use_prefix_cache and self.config.prefix_cache)
         self._arrivals += 1
-        for i in range(sampling.num_sequences):
+        for i in range(request.num_sequences):
             old = request.resume[i] if request.resume else ()
-            seq = Seq(group, i, [*request.token_ids, *old], num_resumed=len(old))
+            score = request.score[i] if request.score else ()
+            seq = Seq(group, i, [*request.token_ids, *old, *score[:-1]], num_resumed=len(old), to_score=score, num_tapped=request.tap_from)
             if needs_counts(sampling):
                 seq.counts = {}
                 for token in old:
                     seq.count(token)
+            group.num_total += len(old)
             group.sequences.append(seq)
         self._groups[request.request_id] = group
         if request.request_id in self._out.kv_imported:  # an earlier request of that name; its buffers are its owner's concern now
             self._out.kv_imported.remove(request.request_id)
+        if origin is not None and num_inherited:
+            group.inherited, group.num_inherited = origin.blocks[: -(-num_inherited // BLOCK_TOKENS)], num_inherited
+            for block in group.inherited:
+                self._pool.hold(block)
         self._finish_complete_resumes(group)
         if alive := group.alive:
             group.forked = len(alive) == 1
@@ -133,7 +200,7 @@ class Engine:
         """Ends a request, or one sequence of it, and frees its blocks at once. No event follows for what was cancelled.
 
         Returns:
-            Whether anything was alive; also True for a retained prompt, which is released.
+            Whether anything was alive; also True for a retained prompt and for held sequences, which are released.
         """
         group = self._groups.get(request_id)
         if group is None:
@@ -141,15 +208,22 @@ class Engine:
         victims = [s for s in group.alive if sequence is None or s.index == sequence]
         for s in victims:
             self._end(s, FinishReason.CANCELLED)
+        if sequence is None:
+            self._holds.release(request_id)
         if not group.alive:
             self._close(group)
         return bool(victims)
 
     def release(self, request_id: str) -> bool:
-        """Lets go of the blocks of a finished prefill_only request. True if there were any; calling it twice is harmless."""
+        """Lets go of what a finished request left: a prefill_only prompt, or held sequences. True if there was any; calling it twice is harmless.
+
+        Of a request that still runs, the sequences that ended are let go of, and those that run are not held when they end.
+        """
+        if request_id in self._groups and (request := self._groups[request_id].request).hold:
+            self._groups[request_id].request = dataclasses.replace(request, hold=False)
         blocks = self._retained.pop(request_id, None)
         if blocks is None:
-            return False
+            return self._holds.release(request_id)
         self._pool.drop(reversed(blocks))
         return True
 
@@ -194,10 +268,12 @@ class Engine:
     def stats(self) -> EngineStats:
         """Gauges and counters as of now; audits the reference counts, which costs tens of microseconds."""
         alive = [s for g in self._groups.values() for s in g.alive]
-        held = chain(chain.from_iterable(s.blocks for s in alive), chain.from_iterable(self._retained.values()))
+        held = chain(
+            chain.from_iterable(s.blocks for s in alive), chain.from_iterable(self._retained.values()), self._holds.blocks(),
+            chain.from_iterable(g.inherited for g in self._groups.values()),
+        )  # fmt: skip
         pending = sum(
-            max(0, g.num_prompt - max((s.num_computed for s in g.alive), default=0))
-            + sum(g.request.sampling.max_tokens - s.num_generated for s in g.alive if not g.request.prefill_only)
+            max(0, g.num_shared - max((s.num_computed for s in g.alive), default=0)) + sum(s.num_left for s in g.alive if not g.request.prefill_only)
             for g in self._groups.values()
         )
         return EngineStats(
@@ -209,6 +285,7 @@ class Engine:
             num_draft_tokens=self._drafter.num_drafted if self._drafter else 0,
             num_draft_tokens_accepted=self._drafter.num_accepted if self._drafter else 0,
             num_draft_errors=self._drafter.num_errors if self._drafter else 0,
+            num_held=self._holds.num_sequences, num_forks=self._num_forks, num_scored_tokens=self._num_scored,
         )  # fmt: skip
 
     def measure_step_ms(self, num_prefill_tokens: int, num_decodes: int, kv_tokens: int) -> float:
@@ -239,6 +316,7 @@ class Engine:
 
     def _schedule(self) -> list[Planned]:
         """Asks the scheduler, then admits, takes blocks and preempts until the plan can run."""
+        self._make_way()
         try:
             wishes = self._scheduler.schedule(tuple(self._waiting), tuple(self._running), self._view)
             if self._scheduler is not self._own_scheduler:
@@ -251,12 +329,18 @@ class Engine:
             wishes = self._own_scheduler.schedule(tuple(self._waiting), tuple(self._running), self._view)
         plan: list[Planned] = []
         may_enter = {id(s) for s in self._waiting} if self._waiting else set()  # not those that this very step preempts
+        rows_to_score = MAX_SCORED_ROWS
         for seq, num_tokens in wishes:
             assert isinstance(seq, Seq)
             if seq.state is State.WAITING and id(seq) in may_enter and not self._admit(seq):
                 may_enter.clear()  # nobody overtakes the one that did not fit
-            if seq.state is State.RUNNING and self._make_room(seq, num_tokens := min(num_tokens, seq.num_pending)):
-                plan.append(Planned(seq, num_tokens))
+            if seq.state is not State.RUNNING:
+                continue
+            part = Planned(seq, min(num_tokens, seq.num_pending))
+            if seq.to_score:
+                rows_to_score -= cut_scored(part, rows_to_score)
+            if part.num_tokens and self._make_room(seq, part.num_tokens):
+                plan.append(part)
         return [p for p in plan if p.seq.state is State.RUNNING]  # a later one may have preempted an earlier one
 
     def _check_plan(self, wishes: Sequence[tuple[SequenceView, int]]) -> None:
@@ -287,18 +371,19 @@ class Engine:
         self._num_steps += 1
         result: StepResult | None
         try:
-            result = self._executor.run([self._rows(p) for p in plan])
+            result = self._compute(plan)
             done = plan
         except Exception as e:
             log.warning("engine.step_failed", num_sequences=len(plan), error=type(e).__name__)
-            parts, done = [], []
+            parts, done, hidden = [], [], list[np.ndarray]()
             for p in plan:
                 p.draft = ()
                 if p.seq.state is not State.RUNNING:  # its sibling failed
                     continue
                 try:
-                    part = self._executor.run([self._rows(p)])
+                    part = self._compute([p])
                     parts.append((part.best.copy(), part.logits.copy()))
+                    hidden.extend(part.hidden)
                     done.append(p)
                 except Exception as e1:
                     # Not the traceback: a renderer that shows local variables would put token ids into the log.
@@ -306,57 +391,44 @@ class Engine:
                     log.error("engine.sequence_failed", request_id=p.seq.request_id, error=type(e1).__name__, where=f"{frame.name}:{frame.lineno}")
                     self._fail(p.seq.group, e1 if isinstance(e1, PlugmeshError) else InternalError("the model failed on this request"))
             done = [p for p in done if p.seq.state is State.RUNNING]
-            result = StepResult(np.concatenate([b for b, _ in parts]), np.concatenate([x for _, x in parts])) if parts else None
+            result = StepResult(np.concatenate([b for b, _ in parts]), np.concatenate([x for _, x in parts]), tuple(hidden)) if parts else None
             if len(parts) != len(done):  # a sibling's failure took others of its request along; start over without them
                 return self._run(done)
+        if result is not None and result.hidden:
+            self._out.hidden.extend(hidden_rows(done, result.hidden))
         for p in done:
-            p.seq.num_computed += p.num_tokens
+            s = p.seq
+            s.num_computed += p.num_tokens
+            if not s.group.forked and s.to_score and s.num_computed >= s.group.num_shared:
+                self._fork(s)
         return done, result
+
+    def _compute(self, plan: list[Planned]) -> StepResult:
+        rows, taps = [rows_of(p) for p in plan], taps_of(plan)
+        return self._executor.run(rows, taps) if taps else self._executor.run(rows)
 
     def _sample(self, plan: list[Planned], result: StepResult | None) -> list[Sampled]:
         """A token for every wanted row of every sequence whose pending tokens are all computed; prompts shared by siblings are forked here."""
         best = result.best.tolist() if result is not None else []
         if self._drafter is not None and -1 in best:
-            self._drop_bad_drafts(plan, best)
+            drop_bad_drafts(plan, best, self._pool)
         self._after_compute(plan)
-        sampled: list[Sampled] = []
-        pairs: list[tuple[Seq, Planned, int, list[TokenInfo | None]]] = []  # sequence, its part, first row of the logits, where its tokens go
-        row = full_row = 0
-        for p in plan:
-            assert p.rows is not None
-            if not (n := p.rows.num_wanted):
-                continue
-            s, first, full_first = p.seq, row, full_row
-            row += n
-            full_row += n if p.rows.full else 0
-            if s.state is not State.RUNNING or p.is_void:  # its KV turned out bad
-                continue
-            if s.group.forked:
-                seqs = [s]
-            else:
-                self._fork(s)
-                seqs = [sibling for sibling in s.group.alive if sibling.num_computed == len(sibling.tokens)]
-            for sibling in seqs:
-                infos: list[TokenInfo | None] = [] if p.rows.full else [TokenInfo(t) if t >= 0 else None for t in best[first:row]]
-                sampled.append((sibling, p, infos))
-                if p.rows.full:
-                    pairs.append((sibling, p, full_first, infos))
-        if pairs:
-            assert result is not None
-            at = [full_first + i for _, p, full_first, _ in pairs for i in range(1 + len(p.draft))]
-            logits = result.logits if at == list(range(len(result.logits))) else result.logits[at]
-            sample_rows = [self._sample_row(s, p.draft, i) for s, p, _, _ in pairs for i in range(1 + len(p.draft))]
-            found = iter(sample(logits, sample_rows, self._choose))
-            for _, p, _, infos in pairs:
-                infos.extend(itertools.islice(found, 1 + len(p.draft)))
-        return sampled
+        return [] if result is None else choose_tokens(plan, result, best, self._siblings, self._choose, self._eos)
+
+    def _siblings(self, first: Seq) -> list[Seq]:
+        self._fork(first)
+        return [s for s in first.group.alive if s.num_computed == len(s.tokens)]
 
     def _append(self, sampled: list[Sampled]) -> None:
         """Appends the tokens, a drafted one only where the sampler chose the same, and ends what is complete."""
         for s, p, infos in sampled:
-            if s.state is not State.RUNNING:  # a sibling's error ended the request
+            if s.state is not State.RUNNING:  # a sibling's error ended the request, or its last token that all may generate together
                 continue
-            index, draft = s.num_generated, p.draft
+            if s.to_score:
+                self._append_scores(s, infos)
+                continue
+            g, index, draft = s.group, s.num_generated, p.draft
+            limit = g.request.max_total_tokens
             reason: FinishReason | None = None
             told: list[TokenInfo] = []
             for info in infos:
@@ -367,20 +439,41 @@ class Engine:
                 s.tokens.append(token)
                 s.count(token)
                 reason = self._finish_reason(s, token)
+                if limit and reason is None and g.num_total + len(told) >= limit:
+                    reason = FinishReason.LENGTH
                 if reason is not None or len(told) > len(draft) or draft[len(told) - 1] != token:
                     break
             if not told:
-                self._fail(s.group, InternalError("the model gave no finite logits for this request"))
+                self._fail(g, InternalError("the model gave no finite logits for this request"))
                 continue
             self._num_generated += len(told)
+            g.num_total += len(told)
             if len(told) > 1:  # the KV of accepted tokens is there already
                 p.num_accepted = len(told) - 1
                 s.num_computed += len(told) - 1
-                if s.group.cache:
+                if g.cache:
                     s.register(self._pool.prefix, self._layout_key)
-            if reason is not None or s.group.request.prefill_only:
+            if reason is not None or g.request.prefill_only:
                 self._end(s, reason or FinishReason.LENGTH)
             self._tell(s, index, tuple(told), reason)
+            if limit and g.num_total >= limit:
+                for sibling in g.alive:
+                    self._end(sibling, FinishReason.LENGTH)
+                    self._tell(sibling, sibling.num_generated, (), FinishReason.LENGTH)
+
+    def _append_scores(self, s: Seq, infos: Sequence[TokenInfo | None]) -> None:
+        """Tells given tokens and ends a sequence with the last of them."""
+        told = [info for info in infos if info is not None]
+        if len(told) < len(infos):
+            self._fail(s.group, InternalError("the model gave no finite logits for this request"))
+            return
+        index = s.num_scored
+        s.num_scored += len(told)
+        self._num_scored += len(told)
+        reason = FinishReason.LENGTH if s.num_scored == len(s.to_score) else None
+        if reason is not None:
+            self._end(s, reason)
+        self._tell(s, index, tuple(told), reason)
 
     def _emit(self) -> StepOutput:
         """Hands over what the step produced."""
@@ -398,6 +491,12 @@ class Engine:
         for block in matched:
             self._pool.hold(block)
         blocks, found = list(matched), len(matched) * BLOCK_TOKENS
+        inherited, num_inherited = self._view.inherited(s)
+        if num_inherited > found:
+            for block in inherited:
+                self._pool.hold(block)
+            self._pool.drop(reversed(matched))
+            matched, blocks, found = [], inherited, num_inherited
         try:
             for source in s.group.kv[len(matched) :]:
                 block = self._pool.take(zero=False)
@@ -410,18 +509,19 @@ class Engine:
         found = min(found, limit)
         self._prefix_queries += limit
         self._prefix_hits += len(matched) * BLOCK_TOKENS
-        self._num_imported += max(0, found - len(matched) * BLOCK_TOKENS)
+        self._num_imported += max(0, found - len(matched) * BLOCK_TOKENS) if s.group.kv else 0
         if s.group.num_cached_tokens < 0:
             s.group.num_cached_tokens = min(found, s.group.num_prompt)
         s.blocks, s.num_computed = blocks, found
         s.num_registered = len(matched)
         self._drop_imports(s.group)
+        self._drop_inherited(s.group)
         self._waiting.remove(s)
         s.state = State.RUNNING
         bisect.insort(self._running, s, key=lambda r: r.order)
         if s.group.cache:
             s.register(self._pool.prefix, self._layout_key)
-        if not s.group.forked and s.num_computed >= s.group.num_prompt:
+        if not s.group.forked and s.num_computed >= s.group.num_shared:
             self._fork(s)
         return True
 
@@ -436,11 +536,36 @@ class Engine:
                     s.blocks.append(self._pool.take())
                 return True
             except OutOfBlocks:
+                if self._shed():
+                    continue
                 if len(self._running) == 1 and not self._retained:
                     self._fail(s.group, Overloaded(f"the KV pool of {self._pool.num_total} blocks is too small to go on with this request"))
                 else:
                     self._preempt(self._running[-1])
         return False
+
+    def _make_way(self) -> None:
+        """Nobody waits for memory that is only kept for later: holds shrink until the first waiting sequence fits."""
+        if not self._waiting or self._waiting[0].num_slots + self.num_running > self.config.max_num_sequences:
+            return
+        first = self._waiting[0]
+        while self._can_shed(first):
+            needed = self._view.blocks_for(first, self._view.pending(first)) + sum(self._view.blocks_for(s, s.num_pending) for s in self._running)
+            if needed + self._view.watermark <= self._pool.num_free:
+                return
+            self._shed(first)
+
+    def _can_shed(self, keep: Seq | None = None) -> bool:
+        return any(True for _ in self._holds.blocks()) or any(s.group.inherited for s in self._waiting if s is not keep)
+
+    def _shed(self, keep: Seq | None = None) -> bool:
+        """Gives back blocks that would only save work later: of the oldest hold, else of the last fork that waits, but not of `keep`. False when there are none."""
+        if self._holds.shed():
+            return True
+        victim = next((s for s in reversed(self._waiting) if s.group.inherited and s is not keep), None)
+        if victim is not None:
+            self._drop_inherited(victim.group)
+        return victim is not None
 
     def _preempt(self, s: Seq) -> None:
         """Takes a sequence's blocks; it waits, and recomputes what the prefix cache has lost by then."""
@@ -478,30 +603,6 @@ class Engine:
             if s.state is State.RUNNING and s.group.request.prefill_only:
                 self._announce(s)
 
-    def _drop_bad_drafts(self, plan: Iterable[Planned], best: Sequence[int]) -> None:
-        """Cuts drafts before their first row without finite logits, and removes the KV from there on.
-
-        Usually the next step writes over what a rejected token left, but a backend that masks by adding -inf meets its NaN before (0 * NaN is NaN), and
-        may have met it in the same step. When not even the first row is finite, nothing of the step counts, and the sequence goes on without a draft.
-        """
-        row = 0
-        for p in plan:
-            assert p.rows is not None
-            first, row = row, row + p.rows.num_wanted
-            if not p.draft or -1 not in best[first:row]:
-                continue
-            s, num_good = p.seq, best[first:row].index(-1)
-            p.draft = p.draft[: max(0, num_good - 1)]
-            if num_good == 0:
-                p.is_void = s.skips_draft = True
-                s.num_computed -= p.num_tokens
-            good = s.num_computed + len(p.draft)
-            keep = -(-good // BLOCK_TOKENS)
-            self._pool.drop(reversed(s.blocks[keep:]))
-            del s.blocks[keep:]
-            if good % BLOCK_TOKENS:
-                self._pool.truncate(s.blocks[-1], good % BLOCK_TOKENS)
-
     def _announce(self, s: Seq) -> None:
         g, prompt = s.group, s.group.request.token_ids
         computed = min(s.num_computed, g.num_prompt)
@@ -524,6 +625,11 @@ class Engine:
     def _drop_blocks(self, s: Seq) -> None:
         self._pool.drop(reversed(s.blocks))
         s.blocks, s.num_computed, s.num_registered = [], 0, 0
+
+    def _drop_inherited(self, g: Group) -> None:
+        if g.inherited:
+            self._pool.drop(reversed(g.inherited))
+            g.inherited, g.num_inherited = [], 0
 
     def _drop_imports(self, g: Group) -> None:
         if g.kv:
@@ -553,10 +659,14 @@ class Engine:
         kept = g.request.prefill_only and reason in (FinishReason.STOP, FinishReason.LENGTH)
         if kept and g.request.request_id not in self._retained:
             self._retained[g.request.request_id], s.blocks = s.blocks, []
+        if g.request.hold and reason in (FinishReason.STOP, FinishReason.LENGTH):
+            self._holds.keep(g.request.request_id, s.index, Origin(s.tokens, s.num_computed, s.blocks))
+            s.blocks = []
         self._drop_blocks(s)
 
     def _close(self, g: Group) -> None:
         self._drop_imports(g)
+        self._drop_inherited(g)
         del self._groups[g.request.request_id]
 
     def _tell(self, s: Seq, index: int, tokens: tuple[TokenInfo, ...], reason: FinishReason | None, error: PlugmeshError | None = None) -> None:
@@ -576,6 +686,7 @@ class Engine:
         if blocks := self._retained.get(g.request.request_id):
             self._pool.forget(blocks)
             self.release(g.request.request_id)
+        self._holds.release(g.request.request_id)
         self._tell(alive[0], alive[0].num_generated, (), FinishReason.ERROR, error)
 
     def _finish_complete_resumes(self, g: Group) -> None:
@@ -596,34 +707,6 @@ class Engine:
         return None
 
     def _usage(self, g: Group) -> Usage:
+        if g.request.score:
+            return Usage(g.num_prompt + sum(map(len, g.request.score)), 0, max(0, g.num_cached_tokens))
         return Usage(g.num_prompt, sum(s.num_generated for s in g.sequences), max(0, g.num_cached_tokens))
-
-    # -- rows ------------------------------------------------------------------------------------------------------
-
-    def _rows(self, p: Planned) -> Rows:
-        s, draft = p.seq, p.draft
-        start = s.num_computed
-        end, num_wanted, full = start + p.num_tokens, 0, False
-        if end == s.target:
-            num_wanted = 1 + len(draft)
-            g = s.group
-            min_tokens = g.request.sampling.min_tokens
-            full = g.needs_logits or (min_tokens > 0 and (not g.forked or s.num_generated < min_tokens))
-        ids = s.tokens[start:end]
-        if draft:
-            ids += draft
-        p.rows = Rows(ids, start, s.blocks, num_wanted, full)
-        return p.rows
-
-    def _sample_row(self, s: Seq, draft: Sequence[int], num_before: int) -> SampleRow:
-        """The row behind the first `num_before` drafted tokens, which is only looked at when all of them were accepted."""
-        g = s.group
-        counts = s.counts or {}
-        if num_before and s.counts is not None:
-            counts = dict(counts)
-            for token in draft[:num_before]:
-                counts[token] = counts.get(token, 0) + 1
-        return SampleRow(
-            params=g.request.sampling, seed=g.seed, sequence=s.index, position=s.num_generated + num_before, prompt_ids=g.distinct_prompt_ids,
-            counts=counts, end_ids=g.end_ids(self._eos),
-        )  # fmt: skip

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from plugmesh.errors import PlugmeshError
 from plugmesh.types import FinishReason, SamplingParams, TokenInfo, Usage
 
@@ -34,6 +36,13 @@ class EngineRequest:
             max_tokens, and enter penalties and the position of the random numbers.
         resume_finished: Sequences that had ended already.
         use_prefix_cache: False neither finds nor leaves blocks in the engine's prefix cache.
+        hold: Keep tokens and KV of sequences that ended by stop or length, to fork from, until `Engine.release`. Where memory is short the KV goes before
+            anybody has to wait for it.
+        score: Given continuations. Nothing is sampled: sequence i tells the tokens of continuation i with the log-probabilities of the model's own
+            distribution and `sampling.top_logprobs`, and ends with LENGTH. The prompt is computed once for all of them.
+        taps: Layers whose input (the number of layers: the last one's output) is told as `HiddenRows`, of prompt and output; of one sequence.
+        tap_from: First position that is told.
+        max_total_tokens: Tokens that all sequences may generate together, resumed ones included; 0 for no such limit. The token that reaches it ends them all.
     """
 
     request_id: str
@@ -45,6 +54,15 @@ class EngineRequest:
     resume: tuple[tuple[int, ...], ...] = ()
     resume_finished: tuple[bool, ...] = ()
     use_prefix_cache: bool = True
+    hold: bool = False
+    score: tuple[tuple[int, ...], ...] = ()
+    taps: tuple[int, ...] = ()
+    tap_from: int = 0
+    max_total_tokens: int = 0
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.score) or self.sampling.num_sequences
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +98,16 @@ class BlockReady:
     num_tokens: int
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class HiddenRows:
+    """Hidden states of consecutive tokens, told once each and in order; `values` is (tokens, hidden size) float32, the first at `position`."""
+
+    request_id: str
+    layer: int
+    position: int
+    values: np.ndarray
+
+
 @dataclass(slots=True)
 class StepOutput:
     """Everything that one step produced.
@@ -91,6 +119,7 @@ class StepOutput:
     tokens: list[TokenEvent] = field(default_factory=list)
     blocks_ready: list[BlockReady] = field(default_factory=list)
     kv_imported: list[str] = field(default_factory=list)
+    hidden: list[HiddenRows] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,12 +129,15 @@ class EngineStats:
     Attributes:
         num_running, num_waiting: Sequences (a request with `n > 1` waits as one).
         num_pending_tokens: Prompt tokens still to compute plus the most that may still be generated.
-        kv_blocks_used: Held by live sequences and retained prompts. kv_blocks_cached: free to reuse, content findable.
-        kv_blocks_leaked: Blocks whose reference count differs from what live sequences and retained prompts account for.
+        kv_blocks_used: Held by live sequences, retained prompts and finished sequences that are held. kv_blocks_cached: free to reuse, content findable.
+        kv_blocks_leaked: Blocks whose reference count differs from what these account for.
         prefix_hit_tokens, prefix_query_tokens: Prompt tokens found in the own cache, of those looked up.
         num_imported_tokens: Tokens whose KV came with requests.
         num_scheduler_errors: Steps in which a plugin's scheduler raised or planned nonsense and the default one stood in.
         num_draft_tokens, num_draft_tokens_accepted: Drafted tokens that were computed, and those of them that became output.
+        num_held: Finished sequences that are held.
+        num_forks: Requests that began with another sequence's KV.
+        num_scored_tokens: Given tokens whose log-probabilities were told.
         num_draft_errors: Calls of a draft method that raised or gave nonsense; their steps went on without drafts.
     """
 
@@ -126,3 +158,6 @@ class EngineStats:
     num_draft_tokens: int = 0
     num_draft_tokens_accepted: int = 0
     num_draft_errors: int = 0
+    num_held: int = 0
+    num_forks: int = 0
+    num_scored_tokens: int = 0

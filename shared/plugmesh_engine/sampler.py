@@ -250,6 +250,14 @@ def _infos(logits: np.ndarray, rows: Sequence[SampleRow], chosen: np.ndarray) ->
     return infos
 
 
+def describe(logits: np.ndarray, tokens: Sequence[int], num_top: int) -> list[TokenInfo]:
+    """Given tokens with their log-probabilities under (R, vocab) logits, and the `num_top` best of each row; a row on its own gives the same."""
+    kernels = _kernels()
+    tell = kernels.logprobs_rows if kernels is not None else logprobs_rows
+    logprob, ids, values = tell(np.ascontiguousarray(logits), np.asarray(tokens, np.int32), num_top)
+    return [TokenInfo(t, lp, tuple(zip(i, v, strict=True))) for t, lp, i, v in zip(tokens, logprob.tolist(), ids.tolist(), values.tolist(), strict=True)]
+
+
 def logprobs_rows(logits: np.ndarray, tokens: np.ndarray, num_top: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """`plugmesh_kernels.native().logprobs_rows` in numpy: log-softmax of (R, vocab) at `tokens` (R,), and its `num_top` best, ties by lower id.
 

@@ -34,6 +34,10 @@ class Group:
         num_cached_tokens: Prompt tokens whose KV was found when the request was first admitted; -1 before.
         num_blocks_announced: Of a prefill_only prompt.
         num_prompt, needs_logits: Of the request, kept because they are read in every step.
+        num_shared: Tokens that the first sequence computes for all: the prompt, without its last token where continuations are scored, because that one's
+            row tells the first token of each.
+        inherited: Blocks of the sequence that the request was forked from, with a reference each, until it is admitted; they hold `num_inherited` tokens.
+        num_total: Tokens that all its sequences have generated.
     """
 
     request: EngineRequest
@@ -46,12 +50,17 @@ class Group:
     num_blocks_announced: int = 0
     cache: bool = True
     num_prompt: int = 0
+    num_shared: int = 0
     needs_logits: bool = False
+    inherited: list[int] = field(default_factory=list)
+    num_inherited: int = 0
+    num_total: int = 0
     _end_ids: tuple[int, ...] | None = None
     _distinct: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         self.num_prompt = len(self.request.token_ids)
+        self.num_shared = self.num_prompt - (1 if self.request.score else 0)
         self.needs_logits = needs_logits(self.request.sampling)
 
     @property
@@ -89,6 +98,8 @@ class Sequence:
         order: Sort key of service: priority, arrival, sequence.
         max_draft_tokens, memo: See `plugmesh_engine.seams.DraftView`.
         skips_draft: Its next step runs without a draft, to tell the draft's fault from its own.
+        to_score: Given tokens; `tokens` ends with the last but one of them. `num_scored` of them were told.
+        num_tapped: Position of the next hidden state to tell.
     """
 
     group: Group
@@ -106,6 +117,9 @@ class Sequence:
     max_draft_tokens: int = 0
     memo: Any = None
     skips_draft: bool = False
+    to_score: tuple[int, ...] = ()
+    num_scored: int = 0
+    num_tapped: int = 0
 
     def __post_init__(self) -> None:
         self.order = (self.group.request.priority, self.group.arrival, self.index)
@@ -137,7 +151,17 @@ class Sequence:
     @property
     def target(self) -> int:
         """Tokens to compute before something can be sampled or forked."""
-        return len(self.tokens) if self.group.forked else self.group.num_prompt
+        return len(self.tokens) if self.group.forked else self.group.num_shared
+
+    @property
+    def first_scored_row(self) -> int:
+        """Position of the row that tells the next given token."""
+        return self.group.num_shared + self.num_scored
+
+    @property
+    def num_left(self) -> int:
+        """The most tokens that it may still tell."""
+        return len(self.to_score) - self.num_scored if self.to_score else self.sampling.max_tokens - self.num_generated
 
     @property
     def num_pending(self) -> int:
@@ -146,7 +170,7 @@ class Sequence:
     @property
     def is_decode(self) -> bool:
         g = self.group  # in one piece: asked for every sequence in every step
-        return self.num_computed > 0 and (len(self.tokens) if g.forked else g.num_prompt) - self.num_computed == 1
+        return self.num_computed > 0 and (len(self.tokens) if g.forked else g.num_shared) - self.num_computed == 1
 
     @property
     def num_slots(self) -> int:

@@ -56,7 +56,7 @@ class Drafter:
         self._asked, num_prompt_rows = [], 0
         for p in plan:
             s = p.seq
-            if not s.group.forked or not s.is_decode or s.group.request.prefill_only:
+            if not s.group.forked or not s.is_decode or s.group.request.prefill_only or s.to_score or s.group.request.taps:
                 num_prompt_rows += p.num_tokens
                 continue
             if s.skips_draft:
