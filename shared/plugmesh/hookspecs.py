@@ -4,6 +4,8 @@
       | configuration read, cards of the named plugins checked together (conflicts, requirements)
       | register_*        once per hook and process; returns records
       | select_*          once per choice; the first plugin that answers wins, else the core's default
+      | WeightFormatRecord.pack, .load   per model           <- register_weight_formats
+      | KvCodecRecord.build              per engine          <- register_kv_codecs
       v
     service announced in the mesh
       request arrives (gateway)
@@ -17,6 +19,8 @@
       every step (prefill, decode)
         | Scheduler.schedule               per step            <- register_schedulers
         | DraftMethod.propose, .observe    per step, decode    <- register_drafts
+        | Foreign linears of the format    per layer
+        | KvCodec.plan, .attend            per step, per layer
       request ends
         | on_request_finished              observers, isolated by the host
     process stops
@@ -41,12 +45,14 @@ if TYPE_CHECKING:
     from plugmesh.records import (
         AdmissionRecord,
         DraftRecord,
+        KvCodecRecord,
         KvHandOverRecord,
         PrefillPolicyRecord,
         QualityMetricRecord,
         RouterRecord,
         SchedulerRecord,
         StrategyRecord,
+        WeightFormatRecord,
         WorkloadRecord,
     )
 
@@ -122,6 +128,36 @@ def register_kv_hand_overs(context: PluginContext) -> list[KvHandOverRecord]:
     Returns: records, or an empty list.
     Raising: stops the start with the plugin's name.
     Example: plugins/plugmesh_splitwise/plugin.py
+    """
+
+
+@hookspec
+def register_weight_formats(context: PluginContext) -> list[WeightFormatRecord]:
+    """Ways to store a model's weights and to multiply by them.
+
+    Runs in: weightstore, prefill, decode, tools.
+    When: at process start.  How often: once.
+    Combines: all lists are joined; `weight_format` of [services.prefill] and [services.decode] names one, "" is the executor's own.
+    Arguments: context: the plugin's settings and facts of the process.
+    Returns: records, or an empty list.
+    Raising: stops the start with the plugin's name. An error in `pack` fails the request for that form, one in `load` the start of
+        the engine, one in a callable of `PluginWeights` the step, whose sequences then run one by one.
+    Example: plugins/plugmesh_qserve/plugin.py
+    """
+
+
+@hookspec
+def register_kv_codecs(context: PluginContext) -> list[KvCodecRecord]:
+    """Forms of KV of their own, with the attention over them.
+
+    Runs in: prefill, decode, tools.
+    When: at process start.  How often: once.
+    Combines: lists are joined; the record registered last is used, the executor's own KV when there is none.
+    Arguments: context: the plugin's settings and facts of the process.
+    Returns: records, or an empty list.
+    Raising: stops the start with the plugin's name; an error in `KvCodec.plan` or `attend` fails the step, whose sequences then run one by
+        one, and those that fail again end with an error.
+    Example: plugins/plugmesh_qserve/plugin.py
     """
 
 

@@ -327,11 +327,12 @@ class QualityMetricRecord:
 
 @dataclass(frozen=True, slots=True)
 class WorkloadContext:
-    """What a workload may use to make prompts. `english` as in `QualitySubject`."""
+    """What a workload may use to make prompts. `encode` and `english` as in `QualitySubject`; `chat` gives the ids of a message up to where its answer starts."""
 
     seed: int
     vocab_size: int
     encode: Callable[[str], list[int]]
+    chat: Callable[[str], list[int]]
     english: Callable[[], str]
 
 

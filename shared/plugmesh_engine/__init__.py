@@ -6,6 +6,7 @@
 
 from plugmesh_engine.config import EngineConfig, resolve_executor, weight_format
 from plugmesh_engine.engine import Engine
+from plugmesh_engine.plugins import EnginePlugins
 from plugmesh_engine.requests import BlockReady, EngineRequest, EngineStats, KvSource, StepOutput, TokenEvent
 from plugmesh_engine.scheduler import FcfsScheduler, plan_prompts
 from plugmesh_engine.seams import (
@@ -13,6 +14,7 @@ from plugmesh_engine.seams import (
     DraftOutcome,
     DraftView,
     Executor,
+    KvCodec,
     KvMemory,
     KvView,
     Model,
@@ -22,7 +24,7 @@ from plugmesh_engine.seams import (
 from plugmesh_engine.weights import build_engine, load_model
 
 __all__ = [
-    "BlockReady", "DraftMethod", "DraftOutcome", "DraftView", "Engine", "EngineConfig", "EngineRequest", "EngineStats", "Executor", "FcfsScheduler",
-    "KvMemory", "KvSource", "KvView", "Model", "Scheduler", "SequenceView", "StepOutput", "TokenEvent", "build_engine", "load_model", "plan_prompts",
+    "BlockReady", "DraftMethod", "DraftOutcome", "DraftView", "Engine", "EngineConfig", "EnginePlugins", "EngineRequest", "EngineStats", "Executor", "FcfsScheduler",
+    "KvCodec", "KvMemory", "KvSource", "KvView", "Model", "Scheduler", "SequenceView", "StepOutput", "TokenEvent", "build_engine", "load_model", "plan_prompts",
     "resolve_executor", "weight_format",
 ]  # fmt: skip

@@ -18,6 +18,7 @@ from plugmesh_engine.config import EngineConfig
 if TYPE_CHECKING:  # the native path runs without torch
     import torch
 
+    from plugmesh.records import KvCodecRecord
     from plugmesh_engine.executors.ragged import Batch
 
 
@@ -68,8 +69,12 @@ class Model(Protocol):
     @property
     def num_copied_bytes(self) -> int: ...
 
-    def build_executor(self, config: EngineConfig) -> Executor:
-        """An executor with KV memory of its own. Raises ConfigError when `config` asks for what the weights were not loaded for."""
+    def build_executor(self, config: EngineConfig, kv_codec: KvCodecRecord | None = None) -> Executor:
+        """An executor with KV memory of its own, in a codec's form when there is one (an engine without a codec calls without the second argument).
+
+        Raises:
+            ConfigError: `config` asks for what the weights were not loaded for, or the executor has no place for a codec.
+        """
 
 
 class KvMemory(Protocol):
@@ -263,6 +268,47 @@ class Scheduler(Protocol):
             waiting: By priority, then arrival; preempted ones among them.
             running: By priority, then arrival.
         """
+
+
+class KvCodec(Protocol):
+    """KV in a form of its own: the memory, and the attention over it. One object per engine, used by the engine's thread.
+
+    A row's output must depend on its own sequence only, not on what else is in the step nor on how a prompt is cut into chunks, as far as the codec can: rows
+    of one prompt may come in any chunks, one step may hold a sequence's row 17 alone and rows 0 to 400 of another. A step that failed is run again in
+    parts, so the same positions may be stored twice, and rows of rejected drafts are overwritten by later ones: what counts is what was stored last, at
+    positions below `num_computed` + rows of a step.
+
+    Attributes:
+        layout: `codec` is its name with everything that changes the bytes (a trained codebook: "million:1f3a9c"; at most 32 characters), `block_bytes` the
+            exact size of one block over all layers, `model` the context's `model_version`. Blocks of equal layouts are interchangeable between
+            processes, as opaque bytes: through the prefix cache, the kvstore and from prefill to decode. The engine adds the weight format to the codec's name.
+        memory: Blocks 0 to num_blocks. `copy` serves forks and copy-on-write of half-filled blocks, `write` imports; `read` gives final bytes, so work that
+            was put off is done by then. What belongs to a position lies in its block: nothing about a sequence may be kept elsewhere, but for caches.
+        capsule: Optional. A PyCapsule "plugmesh.attention.v2" that the native executor calls, on all its threads at once, instead of `attend`:
+            `void(void* ctx, int layer, const float* q, const float* k, const float* v, int t, float* out, int thread, int num_threads,
+            void (*barrier)(void*), void* barrier_ctx)`, with the arrays of `attend`. Every thread must reach every barrier.
+    """
+
+    @property
+    def layout(self) -> KvLayout: ...
+    @property
+    def memory(self) -> KvMemory: ...
+
+    def plan(self, rows: Sequence[Rows]) -> None:
+        """Learns which rows come, once per step, before the layers. The rows of `attend` are those of all entries after one another: entry i has
+        `len(token_ids)` of them, at positions from `num_computed` on; position p lies in `blocks[p // 16]`, slot `p % 16`."""
+
+    def attend(self, layer: int, q: np.ndarray, k: np.ndarray, v: np.ndarray, out: np.ndarray) -> None:
+        """Stores k and v of all rows of the step, then attends causally, each row over its own sequence up to itself, with scale 1 / sqrt(head_dim).
+
+        Args:
+            q: (T, heads, head_dim) float32 after RoPE; view, valid for the call. Query head h reads KV head h // (heads / kv_heads).
+            k, v: (T, kv_heads, head_dim); k after RoPE.
+            out: (T, heads, head_dim), to be filled.
+        """
+
+    def close(self) -> None:
+        """Ends threads. Called once, after the last step."""
 
 
 class AttentionBackend(Protocol):

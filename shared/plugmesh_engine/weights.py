@@ -5,42 +5,63 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from plugmesh.errors import DataLoss
+from plugmesh.errors import ConfigError, DataLoss
+from plugmesh.records import WeightFormatRecord
 from plugmesh.types import ModelConfig
 from plugmesh_engine.config import EngineConfig, resolve_executor
 from plugmesh_engine.engine import Engine
+from plugmesh_engine.plugins import EnginePlugins
 from plugmesh_engine.seams import ManifestLike, Model
 
 
-def load_model(manifest: ManifestLike, config: EngineConfig) -> Model:
+def load_model(manifest: ManifestLike, config: EngineConfig, weight_format: WeightFormatRecord | None = None) -> Model:
     """Maps the weights for the executor that `config` names.
 
-    With "auto" a manifest that is not packed for the native executor (format "native") is left to torch.
+    With "auto" a manifest of plain floats is left to torch.
+
+    Args:
+        weight_format: The plugin's format that the manifest is in; None for one of the core's.
 
     Raises:
-        FailedPrecondition: The manifest's format is not one that the executor reads; the weightstore packs the model when asked for `weight_format`.
+        FailedPrecondition: The manifest's format is not the given one, or none that the executor reads; the weightstore packs the model when asked for
+            `config.weight_format` or the record's name.
+        PluginError: The format could not be loaded.
         DataLoss: A file is shorter than the manifest says, or a tensor is missing or has the wrong shape.
         ConfigError: Unknown executor, dtype, architecture or rope scaling.
     """
     name = resolve_executor(config, ModelConfig.from_json(manifest.config_json).architecture)
-    if config.executor == "auto" and manifest.format != "native":
+    if config.executor == "auto" and manifest.format != "native" and weight_format is None:
         name = "torch"
     if name == "native":
         from plugmesh_engine.executors import native
 
-        return native.load(manifest)
+        return native.load(manifest, weight_format=weight_format)
     if name == "cuda":
         from plugmesh_engine.executors import cuda
 
+        if weight_format is not None:
+            raise ConfigError(f"the cuda executor reads the core's formats; {weight_format.name!r} works under native and torch")
         return cuda.load(manifest, config)
     from plugmesh_engine.executors import torch as torch_executor
 
-    return torch_executor.load(manifest, config.dtype, config.device)
+    return torch_executor.load(manifest, config.dtype, config.device, weight_format=weight_format)
 
 
-def build_engine(manifest: ManifestLike, config: EngineConfig, *, scheduler: Any = None, drafts: Any = None) -> Engine:
-    """The model of a manifest and an engine on it; for how they fail see `load_model` and `Engine`. Blocks for as long as the weights take to map."""
-    return Engine(load_model(manifest, config), config, scheduler=scheduler, drafts=drafts)
+def build_engine(
+    manifest: ManifestLike, config: EngineConfig, plugins: EnginePlugins | None = None, *, scheduler: Any = None, drafts: Any = None
+) -> Engine:
+    """The model of a manifest and an engine on it; for how they fail see `load_model` and `Engine`. Blocks for as long as the weights take to map.
+
+    Args:
+        scheduler, drafts: In place of those in `plugins`.
+    """
+    plugins = plugins or EnginePlugins()
+
+    def first(own: Any, of_plugins: Any) -> Any:
+        return of_plugins if own is None else own
+
+    model = load_model(manifest, config, plugins.weight_format)
+    return Engine(model, config, scheduler=first(scheduler, plugins.scheduler), drafts=first(drafts, plugins.drafts), kv_codec=plugins.kv_codec)
 
 
 def check_shapes(c: ModelConfig, found: Mapping[str, tuple[int, ...]]) -> None:

@@ -29,7 +29,7 @@ FLAGS = (
     "-O3", "-std=c++17", "-march=native", "-fPIC", "-pthread",
     "-Wall", "-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized", "-fno-math-errno",
 )  # fmt: skip
-CAPSULES = ("plugmesh.linear.v1", "plugmesh.linear.v2", "plugmesh.layer.v1", "plugmesh.attention.v2")
+CAPSULES = ("plugmesh.linear.v1", "plugmesh.linear.v2", "plugmesh.layer.v1", "plugmesh.attention.v2", "plugmesh.embedding.v1")
 """Names that the native executor knows; `csrc/bind_executor.cpp` says what the functions look like."""
 
 BuildError = build.BuildError

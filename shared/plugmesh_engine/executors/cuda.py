@@ -21,12 +21,13 @@ import structlog
 import torch
 
 from plugmesh.errors import ConfigError, FailedPrecondition
+from plugmesh.records import KvCodecRecord
 from plugmesh.types import BLOCK_TOKENS, KvLayout, ModelConfig
 from plugmesh_engine.batch import Rows, StepResult, Tap
 from plugmesh_engine.config import EngineConfig
-from plugmesh_engine.executors.native import _map as map_packed
 from plugmesh_engine.executors.torch import DTYPES, TorchKvMemory
 from plugmesh_engine.executors.torch import _map as map_floats
+from plugmesh_engine.foreign import map_tensor as map_packed
 from plugmesh_engine.model.rope import rope_tables
 from plugmesh_engine.seams import ManifestLike, TensorLike
 from plugmesh_engine.weights import check_shapes
@@ -55,8 +56,10 @@ class CudaModel:
     num_mapped_bytes: int
     num_copied_bytes: int
 
-    def build_executor(self, config: EngineConfig) -> CudaExecutor:
-        """Raises ConfigError when the model was loaded for another dtype or device than the engine is set to."""
+    def build_executor(self, config: EngineConfig, kv_codec: KvCodecRecord | None = None) -> CudaExecutor:
+        """Raises ConfigError when the model was loaded for another dtype or device than the engine is set to, or there is a codec."""
+        if kv_codec is not None:
+            raise ConfigError(f"the cuda executor keeps its own KV; the codec {kv_codec.name!r} works under native and torch")
         return CudaExecutor(self, config)
 
 

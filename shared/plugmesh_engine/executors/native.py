@@ -7,8 +7,6 @@ A row's result does not depend on what else is in the step, bit for bit.
 
 from __future__ import annotations
 
-import math
-import mmap
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,15 +16,26 @@ import numpy as np
 import structlog
 
 import plugmesh_kernels
-from plugmesh.errors import ConfigError, DataLoss, FailedPrecondition
+from plugmesh.errors import ConfigError
+from plugmesh.records import KvCodecContext, KvCodecRecord, WeightFormatRecord
 from plugmesh.types import BLOCK_TOKENS, KvLayout, ModelConfig
-from plugmesh_engine.batch import Rows, Tap
+from plugmesh_engine.batch import Rows, StepResult, Tap
 from plugmesh_engine.config import EngineConfig
 from plugmesh_engine.executors import shared_weights
+from plugmesh_engine.foreign import (
+    EMBEDDING,
+    HEAD,
+    Packed,
+    PluginModel,
+    check_format,
+    content_digest,
+    load_plugin,
+    map_tensor,
+)
+from plugmesh_engine.kv.codec import build_codec, tagged
 from plugmesh_engine.model.rope import rope_tables
-from plugmesh_engine.seams import ManifestLike, StepResult, TensorLike
-from plugmesh_engine.weights import check_shapes
-from plugmesh_kernels.pack import PIECE_BYTES, packed_num_bytes
+from plugmesh_engine.seams import KvCodec, KvMemory, ManifestLike
+from plugmesh_engine.weights import check_shapes, llama_shapes
 
 log = structlog.get_logger()
 
@@ -43,75 +52,56 @@ _LINEARS = {
 
 
 @dataclass(frozen=True, slots=True)
-class _Packed:
-    """A matrix as it lies in the file."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    data: np.ndarray
-
-
-@dataclass(frozen=True, slots=True)
 class NativeModel:
     """A Llama-family model over mapped weights.
 
     Attributes:
         held: Where the weights lie; see `executors.shared_weights.load`.
         foreign: Functions that take a linear layer's place, by tensor name; see ForeignLinear.
+        plugin: What a weight format of a plugin put in the place of native weights; None for the format "native".
     """
 
     config: ModelConfig
     version: str
     num_mapped_bytes: int
     num_copied_bytes: int
-    tensors: Mapping[str, _Packed]
+    tensors: Mapping[str, Packed]
     held: str = "mapped"
     foreign: Mapping[str, Any] = field(default_factory=dict)
+    plugin: PluginModel | None = None
 
-    def build_executor(self, config: EngineConfig) -> NativeExecutor:
+    def build_executor(self, config: EngineConfig, kv_codec: KvCodecRecord | None = None) -> NativeExecutor:
         """Executors share the mapped weights; each has its own KV memory and threads."""
-        return NativeExecutor(self, config)
+        return NativeExecutor(self, config, kv_codec)
 
 
-def load(manifest: ManifestLike, *, large_pages: bool = True) -> NativeModel:
-    """Maps a manifest of format "native", in large pages that the engines of a host share where that is possible.
+def load(manifest: ManifestLike, *, large_pages: bool = True, weight_format: WeightFormatRecord | None = None) -> NativeModel:
+    """Maps a manifest of format "native" or of a plugin's format, in large pages that the engines of a host share where that is possible.
 
     Raises:
-        FailedPrecondition: A tensor is not packed for these kernels.
+        FailedPrecondition: A tensor is not packed for these kernels, or for the plugin's format.
         DataLoss: A file is shorter than the manifest says, or a tensor is missing or has the wrong shape.
+        PluginError: The format's `load` failed, or does not stand for all that it should.
     """
     config = ModelConfig.from_json(manifest.config_json)
+    check_format(manifest, weight_format)
     files: dict[str, np.ndarray] = {}
-    tensors = {entry.name: _map(entry, files) for entry in manifest.tensors}
-    check_shapes(config, {name: t.shape for name, t in tensors.items()})
+    tensors = {entry.name: map_tensor(entry, files, weight_format.name if weight_format else "") for entry in manifest.tensors}
+    version, digest = manifest.version, ""
+    if weight_format is None:
+        check_shapes(config, {name: t.shape for name, t in tensors.items()})
+    else:
+        digest = content_digest(manifest, tensors)
+        version = f"{version}:{digest}"
     held, raw = "mapped", {name: t.data.view(np.uint8) for name, t in tensors.items()}
     if large_pages:
-        raw, held = shared_weights.load(plugmesh_kernels.native(), manifest.version, raw)
-        tensors = {n: _Packed(t.dtype, t.shape, raw[n].view(np.float32) if t.dtype == "float32" else raw[n]) for n, t in tensors.items()}
+        raw, held = shared_weights.load(plugmesh_kernels.native(), version, raw)
+        tensors = {n: Packed(t.dtype, t.shape, raw[n].view(np.float32) if t.dtype == "float32" else raw[n]) for n, t in tensors.items()}
+    plugin = None if weight_format is None else load_plugin(weight_format, config, tensors, llama_shapes(config), digest)
     num_bytes = sum(r.nbytes for r in raw.values())
     copied = num_bytes if held == "private" else 0
-    log.info("weights.loaded", held=held, num_bytes=num_bytes)
-    return NativeModel(config, manifest.version, num_bytes - copied, copied, tensors, held)
-
-
-def _map(entry: TensorLike, files: dict[str, np.ndarray]) -> _Packed:
-    shape = tuple(int(n) for n in entry.shape)
-    if entry.dtype in PIECE_BYTES and len(shape) == 2:
-        num_bytes = packed_num_bytes(entry.dtype, *shape)
-    elif entry.dtype == "float32":
-        num_bytes = math.prod(shape) * 4
-    else:
-        raise FailedPrecondition(f'tensor {entry.name} is stored as {entry.dtype}; resolve the model in the format "native"', param="format")
-    if entry.num_bytes != num_bytes:
-        raise DataLoss(f"tensor {entry.name}: {entry.num_bytes} bytes do not hold {shape} of {entry.dtype}")
-    if entry.path not in files:
-        with open(entry.path, "rb") as f:
-            files[entry.path] = np.frombuffer(mmap.mmap(f.fileno(), 0, prot=mmap.PROT_READ, flags=mmap.MAP_SHARED), np.uint8)
-    whole = files[entry.path]
-    if entry.offset < 0 or entry.offset + num_bytes > len(whole):
-        raise DataLoss(f"tensor {entry.name} ends at byte {entry.offset + num_bytes} of a file of {len(whole)}")
-    data = whole[entry.offset : entry.offset + num_bytes]
-    return _Packed(entry.dtype, shape, data.view(np.float32) if entry.dtype == "float32" else data)
+    log.info("weights.loaded", held=held, num_bytes=num_bytes, format=manifest.format)
+    return NativeModel(config, manifest.version, num_bytes - copied, copied, tensors, held, plugin=plugin)
 
 
 class NativeKv:
@@ -173,27 +163,32 @@ class NativeExecutor:
     """Runs steps of a `NativeModel`. One thread calls it; it has `num_threads - 1` workers of its own.
 
     Args:
-        config: Of it `num_blocks`, `kv_dtype` and `num_threads` count.
+        config: Of it `num_blocks`, `kv_dtype` (without a codec) and `num_threads` count.
+        kv_codec: Keeps the KV, and attends over it, in place of the native KV, for which no memory is taken then.
     """
 
-    def __init__(self, model: NativeModel, config: EngineConfig) -> None:
+    def __init__(self, model: NativeModel, config: EngineConfig, kv_codec: KvCodecRecord | None = None) -> None:
         c = model.config
         kernels = plugmesh_kernels.native()
-        if config.kv_dtype not in ("bfloat16", "int8"):
-            raise ConfigError(f"the native executor keeps KV in bfloat16 or int8, not {config.kv_dtype!r}")
-        block_bytes = kernels.kv_block_bytes(c.num_layers, c.num_kv_heads, c.head_dim, config.kv_dtype)
-        self.layout = KvLayout(
-            model=model.version, codec="native-int8" if config.kv_dtype == "int8" else "native-bf16", dtype=config.kv_dtype, num_layers=c.num_layers,
-            num_kv_heads=c.num_kv_heads, head_dim=c.head_dim, block_tokens=BLOCK_TOKENS, block_bytes=block_bytes,
-        )  # fmt: skip
-        self.memory = NativeKv(self.layout, config.num_blocks, lambda blocks: self._native.all_finite(list(blocks)))
+        num_threads = config.num_threads or num_cpus()
+        self._model = model  # a plugin's functions live as long as its object
+        self._codec: KvCodec | None = None
+        tag = model.plugin.kv_tag if model.plugin else ""
+        storage: np.ndarray | None = None
+        if kv_codec is not None:
+            self._codec, self.layout = build_codec(kv_codec, KvCodecContext(c, model.version, config.num_blocks, num_threads), tag)
+            self.memory: KvMemory = self._codec.memory
+        else:
+            self.layout = tagged(_layout(kernels, model, config), tag)
+            kv = NativeKv(self.layout, config.num_blocks, lambda blocks: self._native.all_finite(list(blocks)))
+            self.memory, storage = kv, kv.storage
         cos, sin = rope_tables(c)
         shape = {
             "hidden": c.hidden_size, "intermediate": c.intermediate_size, "num_layers": c.num_layers, "num_heads": c.num_heads,
             "num_kv_heads": c.num_kv_heads, "head_dim": c.head_dim, "vocab": c.vocab_size, "max_position": c.max_position, "eps": c.rms_norm_eps,
             "rope_interleaved": c.rope_style == "interleaved",
         }  # fmt: skip
-        linears = {name: self._linear(kernels, model, name) for name, t in model.tensors.items() if t.dtype in PIECE_BYTES}
+        linears = _linears(kernels, model)
         layers = []
         for i in range(c.num_layers):
             p = f"model.layers.{i}."
@@ -201,28 +196,33 @@ class NativeExecutor:
             layer["input_norm"] = model.tensors[f"{p}input_layernorm.weight"].data
             layer["mlp_norm"] = model.tensors[f"{p}post_attention_layernorm.weight"].data
             layers.append(layer)
-        embedding = linears["model.embed_tokens.weight"]
-        head = embedding if c.tie_word_embeddings else linears["lm_head.weight"]
-        self._native = kernels.Executor(
-            shape=shape, layers=layers, embedding=embedding, norm=model.tensors["model.norm.weight"].data, head=head, cos=cos, sin=sin,
-            kv=self.memory.storage, kv_type=config.kv_dtype, isa=kernels.isa(), num_threads=config.num_threads or num_cpus(), spin_us=SPIN_US, pin=False,
-        )  # fmt: skip
-
-    @staticmethod
-    def _linear(kernels: Any, model: NativeModel, name: str) -> Any:
-        t = model.tensors[name]
-        if name in model.foreign:
-            return kernels.Linear.foreign(t.shape[0], t.shape[1], model.foreign[name])
-        bias = model.tensors.get(name.removesuffix("weight") + "bias")
-        return kernels.Linear.packed(t.dtype, t.shape[0], t.shape[1], t.data, None if bias is None else bias.data)
+        try:
+            self._native = kernels.Executor(
+                shape=shape, layers=layers, embedding=linears[EMBEDDING], norm=model.tensors["model.norm.weight"].data, head=linears[HEAD], cos=cos,
+                sin=sin, kv=storage, num_blocks=config.num_blocks + 1, kv_type="bfloat16" if storage is None else config.kv_dtype, isa=kernels.isa(),
+                num_threads=num_threads, spin_us=SPIN_US, pin=False,
+            )  # fmt: skip
+            if self._codec is not None:
+                self._native.set_attention(getattr(self._codec, "capsule", None) or self._codec.attend)
+            if model.plugin is not None:
+                self._native.set_before_layer(model.plugin.before_layer)
+                self._native.set_embedding(model.plugin.embedding)
+        except BaseException:
+            if self._codec is not None:
+                self._codec.close()
+            raise
 
     def run(self, rows: Sequence[Rows], taps: Sequence[Tap] = ()) -> StepResult:
         """One forward pass; writes the KV of all rows. Raises ValueError for tokens, blocks, positions or taps out of range."""
+        if self._codec is not None:
+            self._codec.plan(rows)
         best, logits, hidden = self._native.run(rows, taps)
         return StepResult(best, logits, hidden)
 
     def probe(self, rows: Sequence[Rows], layer: int) -> tuple[np.ndarray, np.ndarray]:
         """See `seams.Executor.probe`; a row's values do not depend on what else is in the step, bit for bit."""
+        if self._codec is not None:
+            self._codec.plan(rows)
         q, k = self._native.probe(rows, layer)
         return q, k
 
@@ -237,7 +237,44 @@ class NativeExecutor:
 
     def close(self) -> None:
         """Ends the threads."""
-        self._native.close()
+        try:
+            self._native.close()
+        finally:
+            if self._codec is not None:
+                self._codec.close()
+
+
+def _layout(kernels: Any, model: NativeModel, config: EngineConfig) -> KvLayout:
+    c = model.config
+    if config.kv_dtype not in ("bfloat16", "int8"):
+        raise ConfigError(f"the native executor keeps KV in bfloat16 or int8, not {config.kv_dtype!r}")
+    return KvLayout(
+        model=model.version, codec="native-int8" if config.kv_dtype == "int8" else "native-bf16", dtype=config.kv_dtype, num_layers=c.num_layers,
+        num_kv_heads=c.num_kv_heads, head_dim=c.head_dim, block_tokens=BLOCK_TOKENS,
+        block_bytes=kernels.kv_block_bytes(c.num_layers, c.num_kv_heads, c.head_dim, config.kv_dtype),
+    )  # fmt: skip
+
+
+def _linears(kernels: Any, model: NativeModel) -> dict[str, Any]:
+    """Every matrix by its tensor name, and the head as "lm_head.weight" also where it is tied."""
+    shapes = {name: shape for name, shape in llama_shapes(model.config).items() if len(shape) == 2}
+    foreign = {**model.foreign, **(model.plugin.linears if model.plugin else {})}
+    buffers = model.plugin.buffers if model.plugin else {}
+
+    def linear(name: str, n: int, k: int) -> Any:
+        bias = model.tensors.get(name.removesuffix("weight") + "bias")
+        values = None if bias is None else bias.data
+        if name in foreign:
+            return kernels.Linear.foreign(n, k, foreign[name], values)
+        if name == EMBEDDING and model.plugin is not None and model.plugin.embedding is not None:
+            return kernels.Linear.foreign(n, k, lambda x, y: None)  # rows come from the plugin's function, and the head has one of its own
+        t = buffers.get(name) or model.tensors[name]
+        return kernels.Linear.packed(t.dtype, n, k, t.data, values)
+
+    found = {name: linear(name, *shape) for name, shape in shapes.items()}
+    if model.config.tie_word_embeddings:
+        found[HEAD] = linear(HEAD, *shapes[EMBEDDING]) if HEAD in foreign or HEAD in buffers else found[EMBEDDING]
+    return found
 
 
 def num_cpus() -> int:

@@ -12,14 +12,18 @@ import numpy as np
 import torch
 
 from plugmesh.errors import ConfigError, DataLoss, FailedPrecondition
+from plugmesh.records import Foreign, KvCodecContext, KvCodecRecord, WeightFormatRecord
 from plugmesh.types import BLOCK_TOKENS, KvLayout, ModelConfig
+from plugmesh_engine import capsules
 from plugmesh_engine.attention import TorchAttention
 from plugmesh_engine.batch import Rows, StepResult, Tap
 from plugmesh_engine.config import EngineConfig
 from plugmesh_engine.executors.ragged import Batch
+from plugmesh_engine.foreign import PluginModel
+from plugmesh_engine.kv.codec import build_codec, tagged
 from plugmesh_engine.kv.pool import NULL_BLOCK
 from plugmesh_engine.model.llama import Llama
-from plugmesh_engine.seams import AttentionBackend, ManifestLike, TensorLike
+from plugmesh_engine.seams import AttentionBackend, KvCodec, KvMemory, ManifestLike, TensorLike
 from plugmesh_engine.weights import check_shapes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -33,6 +37,8 @@ class TorchModel:
     Attributes:
         version: Names the weights; KV of different versions never mixes.
         num_mapped_bytes, num_copied_bytes: Weights that share the file's pages, and those that had to be converted or moved.
+        kv_tag: Of a plugin's weight format; part of the KV layout.
+        plugin: What the format put in the place of tensors; kept for as long as the graph calls it.
     """
 
     graph: Llama
@@ -42,16 +48,21 @@ class TorchModel:
     device: str
     num_mapped_bytes: int
     num_copied_bytes: int
+    kv_tag: str = ""
+    plugin: PluginModel | None = None
 
-    def build_executor(self, config: EngineConfig) -> TorchExecutor:
+    def build_executor(self, config: EngineConfig, kv_codec: KvCodecRecord | None = None) -> TorchExecutor:
         """Raises ConfigError when the model was loaded for another executor, dtype or device than the engine is set to."""
-        return TorchExecutor(self, config)
+        return TorchExecutor(self, config, kv_codec=kv_codec)
 
 
-def load(manifest: ManifestLike, dtype: str, device: str = "cpu") -> TorchModel:
+def load(manifest: ManifestLike, dtype: str, device: str = "cpu", *, weight_format: WeightFormatRecord | None = None) -> TorchModel:
     """Maps the tensors read only and builds the graph over them.
 
     A tensor stored as `dtype` is mapped, so that processes on one host share its pages; a float tensor of another dtype is converted, which copies it.
+
+    Args:
+        weight_format: The plugin's format that the manifest is in; its functions then stand in the graph where they replace a weight.
 
     Raises:
         FailedPrecondition: A tensor is not stored as floats; the weightstore packs it when asked for a float format.
@@ -63,6 +74,8 @@ def load(manifest: ManifestLike, dtype: str, device: str = "cpu") -> TorchModel:
     config = ModelConfig.from_json(manifest.config_json)
     if config.architecture not in FAMILIES:
         raise ConfigError(f"no model family for architecture {config.architecture!r}; known: {', '.join(sorted(FAMILIES))}")
+    if weight_format is not None:
+        return _load_foreign(manifest, config, dtype, device, weight_format)
     files: dict[str, mmap.mmap] = {}
     tensors: dict[str, torch.Tensor] = {}
     mapped = copied = 0
@@ -77,6 +90,31 @@ def load(manifest: ManifestLike, dtype: str, device: str = "cpu") -> TorchModel:
     check_shapes(config, {name: tuple(t.shape) for name, t in tensors.items()})
     graph = FAMILIES[config.architecture](config, tensors)
     return TorchModel(graph, config, manifest.version, dtype, device, mapped, copied)
+
+
+def _load_foreign(manifest: ManifestLike, config: ModelConfig, dtype: str, device: str, weight_format: WeightFormatRecord) -> TorchModel:
+    from plugmesh_engine.executors import foreign_torch
+
+    found = foreign_torch.load(manifest, weight_format, config, DTYPES[dtype], device)
+    graph = FAMILIES[config.architecture](config, found.tensors, device=torch.device(device))
+    graph.format = foreign_torch.ForeignFormat()
+    plugin = found.plugin
+    if plugin.before_layer is not None:
+        graph.before_layer = capsules.before_layer(plugin.before_layer)
+    if plugin.embedding is not None:
+        graph.embed = _foreign_embedding(plugin.embedding, config.hidden_size, DTYPES[dtype])
+    return TorchModel(graph, config, manifest.version, dtype, device, 0, found.num_bytes, plugin.kv_tag, plugin)
+
+
+def _foreign_embedding(foreign: Foreign, hidden_size: int, dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
+    fill = capsules.embedding(foreign)
+
+    def embed(token_ids: torch.Tensor) -> torch.Tensor:
+        x = np.empty((len(token_ids), hidden_size), np.float32)
+        fill(token_ids.int().cpu().numpy(), x)
+        return torch.from_numpy(x).to(device=token_ids.device, dtype=dtype)
+
+    return embed
 
 
 def _map(entry: TensorLike, files: dict[str, mmap.mmap]) -> torch.Tensor:
@@ -137,9 +175,17 @@ class TorchExecutor:
 
     Args:
         attention: Called with the KV memory's tensor and the number of query heads; None for `TorchAttention`.
+        kv_codec: Keeps the KV, and attends over it, in the place of both.
     """
 
-    def __init__(self, model: TorchModel, config: EngineConfig, *, attention: Callable[[torch.Tensor, int], AttentionBackend] = TorchAttention) -> None:
+    def __init__(
+        self,
+        model: TorchModel,
+        config: EngineConfig,
+        *,
+        attention: Callable[[torch.Tensor, int], AttentionBackend] = TorchAttention,
+        kv_codec: KvCodecRecord | None = None,
+    ) -> None:
         if config.executor not in ("auto", "torch"):
             raise ConfigError(f"the model was loaded for the torch executor, the engine is set to {config.executor!r}")
         if (model.dtype, model.device) != (config.dtype, config.device):
@@ -147,12 +193,19 @@ class TorchExecutor:
         if config.num_threads:
             torch.set_num_threads(config.num_threads)  # process-wide
         c = model.config
-        self.layout = KvLayout(
-            model=model.version, codec="raw", dtype=model.dtype, num_layers=c.num_layers, num_kv_heads=c.num_kv_heads, head_dim=c.head_dim,
-            block_tokens=BLOCK_TOKENS, block_bytes=c.num_layers * 2 * BLOCK_TOKENS * c.num_kv_heads * c.head_dim * DTYPES[model.dtype].itemsize,
-        )  # fmt: skip
-        self.memory = TorchKvMemory(self.layout, config.num_blocks, model.device)
-        self.attention = attention(self.memory.storage, c.num_heads)
+        self._codec: KvCodec | None = None
+        self.memory: KvMemory
+        self.attention: AttentionBackend
+        if kv_codec is not None:
+            from plugmesh_engine.executors.foreign_torch import CodecAttention
+
+            context = KvCodecContext(c, model.version, config.num_blocks, config.num_threads or torch.get_num_threads())
+            self._codec, self.layout = build_codec(kv_codec, context, model.kv_tag)
+            self.memory, self.attention = self._codec.memory, CodecAttention(self._codec)
+        else:
+            self.layout = tagged(_layout(model), model.kv_tag)
+            kv = TorchKvMemory(self.layout, config.num_blocks, model.device)
+            self.memory, self.attention = kv, attention(kv.storage, c.num_heads)
         self._graph = model.graph
         self._device = torch.device(model.device)
 
@@ -187,4 +240,14 @@ class TorchExecutor:
             return q.float().cpu().numpy(), k.float().cpu().numpy()
 
     def close(self) -> None:
-        """Nothing to end: torch's threads are the process's."""
+        """Torch's threads are the process's; a codec may have some of its own."""
+        if self._codec is not None:
+            self._codec.close()
+
+
+def _layout(model: TorchModel) -> KvLayout:
+    c = model.config
+    return KvLayout(
+        model=model.version, codec="raw", dtype=model.dtype, num_layers=c.num_layers, num_kv_heads=c.num_kv_heads, head_dim=c.head_dim,
+        block_tokens=BLOCK_TOKENS, block_bytes=c.num_layers * 2 * BLOCK_TOKENS * c.num_kv_heads * c.head_dim * DTYPES[model.dtype].itemsize,
+    )  # fmt: skip

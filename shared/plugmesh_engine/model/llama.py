@@ -5,8 +5,9 @@ Architecture: Touvron et al., arXiv:2302.13971; rotary positions: Su et al., arX
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,17 +42,25 @@ class Llama:
     """The graph, without state of its own: KV lives behind the attention backend.
 
     Args:
-        tensors: Hugging Face names to tensors, all of one dtype and device. Not copied.
+        tensors: Hugging Face names to tensors, all of one dtype and device. Not copied. Where `format` is replaced, matrices may be whatever it multiplies by.
+        device: Of the embedding where `embed` is replaced.
+
+    Attributes:
+        format: Multiplies by the matrices.
+        embed: (T, hidden) of token ids (T,).
+        before_layer: Called with the number of each layer before it is computed, and with the number of layers before the head.
     """
 
-    def __init__(self, config: ModelConfig, tensors: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, config: ModelConfig, tensors: Mapping[str, Any], device: torch.device | None = None) -> None:
         self.config = config
         self.format: WeightFormat = FloatFormat()
-        self.embedding = tensors["model.embed_tokens.weight"]
+        self.before_layer: Callable[[int], None] | None = None
+        self.embedding = tensors.get("model.embed_tokens.weight")  # None where `embed` is replaced
+        self.embed: Callable[[torch.Tensor], torch.Tensor] = self._embed
         self.norm = tensors["model.norm.weight"]
-        self.head = self.embedding if config.tie_word_embeddings else tensors["lm_head.weight"]
+        self.head = self.embedding if config.tie_word_embeddings and "lm_head.weight" not in tensors else tensors["lm_head.weight"]
         self.layers = [self._layer(tensors, f"model.layers.{i}.") for i in range(config.num_layers)]
-        self._cos, self._sin = rope_tables(config, self.embedding.device)
+        self._cos, self._sin = rope_tables(config, device or self.norm.device)
 
     @staticmethod
     def _layer(tensors: Mapping[str, torch.Tensor], prefix: str) -> Layer:
@@ -78,7 +87,7 @@ class Llama:
             tapped: Layers whose input is to be kept in `seen`; the number of layers for the result itself.
         """
         attention.plan(batch)
-        x = F.embedding(batch.token_ids, self.embedding)
+        x = self.embed(batch.token_ids)
         for i in range(len(self.layers)):
             if seen is not None and i in tapped:
                 seen[i] = x
@@ -90,13 +99,15 @@ class Llama:
     def queries_and_keys(self, batch: Batch, attention: AttentionBackend, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """q (T, heads, head_dim) and k (T, kv_heads, head_dim) of one layer after RoPE; runs those before it, which writes their KV."""
         attention.plan(batch)
-        x = F.embedding(batch.token_ids, self.embedding)
+        x = self.embed(batch.token_ids)
         for i in range(layer):
             x = self._run_layer(x, batch, attention, i)
         q, k, _ = self._qkv(x, batch, layer)
         return q, k
 
     def _qkv(self, x: torch.Tensor, batch: Batch, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        if self.before_layer is not None:
+            self.before_layer(layer)
         c, linear, w, num_rows = self.config, self.format.linear, self.layers[layer], x.shape[0]
         cos, sin = self._cos[batch.positions][:, None], self._sin[batch.positions][:, None]
         h = self.format.prepare_input(F.rms_norm(x, (c.hidden_size,), w.input_norm, c.rms_norm_eps))
@@ -113,8 +124,14 @@ class Llama:
         h = prepare(F.rms_norm(x, (c.hidden_size,), w.mlp_norm, c.rms_norm_eps))
         return x + linear(prepare(F.silu(linear(h, w.gate)) * linear(h, w.up)), w.down)
 
+    def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        assert self.embedding is not None
+        return F.embedding(token_ids, self.embedding)
+
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """(R, vocab) float32 for rows of `hidden`."""
+        if self.before_layer is not None:
+            self.before_layer(self.config.num_layers)
         h = F.rms_norm(x, (self.config.hidden_size,), self.norm, self.config.rms_norm_eps)
         return self.format.linear(self.format.prepare_input(h), self.head).float()
 
