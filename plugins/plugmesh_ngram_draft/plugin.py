@@ -8,7 +8,7 @@ import pydantic
 
 from plugmesh.config import StrictModel
 from plugmesh.hookspecs import hookimpl
-from plugmesh.records import DraftContext, DraftRecord
+from plugmesh.records import DraftContext, DraftRecord, WorkloadRecord
 
 if TYPE_CHECKING:
     from plugmesh.host import PluginContext
@@ -40,3 +40,12 @@ def register_drafts(context: PluginContext) -> list[DraftRecord]:
         return build_method(settings, engine)
 
     return [DraftRecord("ngram", build)]
+
+
+@hookimpl
+def register_workloads(context: PluginContext) -> list[WorkloadRecord]:
+    """Text that repeats itself, and text that does not."""
+    context.settings(Settings)
+    from plugmesh_ngram_draft.workloads import WORKLOADS
+
+    return WORKLOADS

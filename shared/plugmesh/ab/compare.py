@@ -184,7 +184,7 @@ async def _speed(
 ) -> None:
     """The interleaved rounds of the bench; who is first alternates from round to round."""
     text = Text(setting.model)
-    context = WorkloadContext(options.seed, text.vocab_size, text.encode, english)
+    context = WorkloadContext(options.seed, text.vocab_size, text.encode, text.chat, english)
     chosen = [measure_of(w, context, is_quick=options.is_quick) for w in workloads if tier in w.tiers]
     if not chosen and tier == "engine":
         return

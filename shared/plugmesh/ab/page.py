@@ -40,6 +40,9 @@ def _output(report: Mapping[str, Any]) -> str:
         shares = ", ".join(f"{share:.0%} of {kind} outputs the same" for kind, share in v["shares"].items())
         text = f"Output ({tier}): {shares}; declared {v['declared']}." if v["holds"] else f"The card says {v['declared']}, but {v['difference']} ({tier})."
         found += f"<p class={'aim' if v['holds'] else 'missed'}>{escape(text)}</p>"
+    for p in report["promises"]:
+        text = f"{p['metric']} {number(p['value'], 4)}, the card promises {number(p['bound'], 4)}."
+        found += f"<p class={'aim' if p['holds'] else 'missed'}>{escape(text)}</p>"
     return found
 
 

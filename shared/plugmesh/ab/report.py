@@ -29,7 +29,8 @@ def build(
 ) -> dict[str, Any]:  # fmt: skip
     """What `--json` writes; `table`, `page` and `leaderboard` read it and nothing else."""
     fidelity = {tier: dataclasses.asdict(judge(subject.fidelity, sides["without"], sides["with"])) for tier, sides in found.outputs.items() if len(sides) == 2}
-    quality = [_quality(m, found) for m in metrics if m.name in found.observed]
+    quality = [q for m in metrics if m.name in found.observed and (q := _quality(m, found))]
+    promises = [] if options.is_quick else _promises(subject, quality)
     return {
         "schema": SCHEMA, "plugmesh": __version__, "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": " ".join(["plugmesh", *sys.argv[1:]]), "machine": dict(machine), "num_rounds": 1 if options.is_quick else options.num_rounds,
@@ -37,10 +38,11 @@ def build(
         "plugins": [{"slug": c.slug, "version": c.version, "summary": c.summary, "fidelity": c.fidelity} for c in subject.cards],
         "claims": [{"slug": c.slug, **c.claim.model_dump()} for c in subject.cards if c.claim],
         "settings": {slug: dict(values) for slug, values in subject.settings.items()},
-        "declared": subject.fidelity, "fidelity": fidelity, "holds": all(v["holds"] for v in fidelity.values()),
+        "declared": subject.fidelity, "fidelity": fidelity, "promises": promises,
+        "holds": all(v["holds"] for v in fidelity.values()) and all(p["holds"] for p in promises),
         "facts": found.facts, "memory": _memory(found), "served_memory": found.speed.get("served", {}).get("memory", {}),
         "speed": [row for tier in found.speed for row in _speed(tier, workloads, found)],
-        "quality": [q for q in quality if q], "failures": found.failures,
+        "quality": quality, "failures": found.failures,
     }  # fmt: skip
 
 
@@ -94,6 +96,17 @@ def _quality(metric: QualityMetricRecord, found: Findings) -> dict[str, Any] | N
     if "reference" in seen:
         out["against_reference"] = {side: _deltas(metric, seen["reference"], o, side, found) for side, o in seen.items() if side != "reference"}
     return out
+
+
+def _promises(subject: Subject, quality: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What the cards of lossy plugins bound, as far as it was measured here; of a combination each member's bound is its own concern."""
+    if len(subject.cards) != 1 or (loss := subject.cards[0].loss) is None:
+        return []
+    return [
+        {"metric": loss.metric, "bound": loss.bound, "setting": loss.setting, "value": d["value"],
+         "holds": d["value"] <= loss.bound if d["better"] == "lower" else d["value"] >= loss.bound}
+        for q in quality for d in q["deltas"] if d["name"] == loss.metric
+    ]  # fmt: skip
 
 
 def _deltas(metric: QualityMetricRecord, a: Observation, b: Observation, side: str, found: Findings) -> list[dict[str, Any]]:

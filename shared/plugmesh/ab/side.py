@@ -26,6 +26,7 @@ from plugmesh.records import QualityMetricRecord
 from plugmesh_engine import Engine, EngineConfig, build_engine, weight_format
 from plugmesh_engine.bench import load_manifest, run_closed_loop
 from plugmesh_engine.config import resolve_executor
+from plugmesh_engine.plugins import EnginePlugins
 
 FIDELITY_PROMPTS, FIDELITY_TOKENS, SEED = 8, 48, 11
 
@@ -43,9 +44,10 @@ def build(ask: Mapping[str, Any]) -> tuple[Engine, dict[str, Any]]:
     table = config.services.get("decode", {})
     settings = engine_config(table)
     host = PluginHost.load(config.plugin_slugs("decode"), config, service="decode")
-    format_ = str(table.get("weight_format", ""))
-    manifest = load_manifest(pathlib.Path(ask["model"]), format_ or weight_format(settings), pathlib.Path(ask["store"]))
-    engine = build_engine(manifest, settings, scheduler=host.last("schedulers"), drafts=host.last("drafts"))
+    named = str(table.get("weight_format", ""))
+    plugins = EnginePlugins.from_host(host, named)
+    manifest = load_manifest(pathlib.Path(ask["model"]), named or weight_format(settings), pathlib.Path(ask["store"]))
+    engine = build_engine(manifest, settings, plugins)
     stored = sum(t.num_bytes for t in manifest.tensors)
     layout = engine.layout
     return engine, {

@@ -74,15 +74,21 @@ def _output(console: Console, report: Mapping[str, Any]) -> None:
             console.print(f"  [bold red]● the card says {v['declared']}, but {escape(v['difference'])}[/] ({tier}: {shares})")
 
 
+    for p in report["promises"]:
+        text = f"{p['metric']} {number(p['value'], 4)}, the card promises {number(p['bound'], 4)}"
+        console.print(f"  [green]●[/] {escape(text)}" if p["holds"] else f"  [bold red]● {escape(text)}[/]")
+
+
 def _speed(report: Mapping[str, Any]) -> Table:
     rounds = "one quick round" if report["is_quick"] else f"medians of {report['num_rounds']} rounds; gain above 1 is better with it, 95 % bootstrap interval of paired rounds"
     table = Table(title=f"speed: {rounds}", title_justify="left")
     for column, justify in (("workload", "left"), ("figure", "left"), ("without", "right"), ("with", "right"), ("gain", "right")):
         table.add_column(column, justify=justify)  # type: ignore[arg-type] # rich names them so
+    before = ""
     for row in report["speed"]:
-        g = row["gain"]
+        g, title, before = row["gain"], "" if row["title"] == before else row["title"], row["title"]
         colour = COLOURS[verdict(g["value"], g["low"], g["high"], neutral=1.0, better="higher")]
-        table.add_row(escape(row["title"]), row["unit"], number(row["without"]), number(row["with"]), f"[{colour}]{spread(g)}[/]")
+        table.add_row(escape(title), row["unit"], number(row["without"]), number(row["with"]), f"[{colour}]{spread(g)}[/]")
     return table
 
 
@@ -106,7 +112,7 @@ def _quality(report: Mapping[str, Any]) -> Table:
     sides = _SIDES if has_reference else _SIDES[:2]
     table = Table(title="quality", title_justify="left")
     table.add_column("metric")
-    table.add_column("figure", style="dim")
+    table.add_column("figure", style="dim", no_wrap=True)
     for side in sides:
         table.add_column(side, justify="right")
     table.add_column("difference", justify="right")
