@@ -40,6 +40,8 @@ class Trial(StrictModel):
     base: Mapping[str, Mapping[str, Any]] = {}      # service to keys that both sides get: {"decode": {"replicas": 2}}
     services: Mapping[str, Mapping[str, Any]] = {}  # service to keys that only the side with the plugin gets: {"decode": {"weight_format": "mine"}}
     settings: Mapping[str, Any] = {}                # [plugins.<slug>]
+    # Keys of the side without it, which then loads the plugin, too: for a plugin that brings the plain form it is compared with, as a lossless format does.
+    instead: Mapping[str, Mapping[str, Any]] = {}
 
 
 class Card(StrictModel):

@@ -46,7 +46,7 @@ def build(ask: Mapping[str, Any]) -> tuple[Engine, dict[str, Any]]:
     host = PluginHost.load(config.plugin_slugs("decode"), config, service="decode")
     named = str(table.get("weight_format", ""))
     plugins = EnginePlugins.from_host(host, named)
-    manifest = load_manifest(pathlib.Path(ask["model"]), named or weight_format(settings), pathlib.Path(ask["store"]))
+    manifest = load_manifest(pathlib.Path(ask["model"]), named or weight_format(settings), pathlib.Path(ask["store"]), config.plugin_slugs("decode"), config.plugins)
     engine = build_engine(manifest, settings, plugins)
     stored = sum(t.num_bytes for t in manifest.tensors)
     layout = engine.layout

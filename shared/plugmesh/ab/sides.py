@@ -50,14 +50,16 @@ class Subject:
         return any("decode" in c.services for c in self.cards)
 
     def tables(self, setting: Setting, *, loaded: bool) -> Tables:
-        """`services` and `plugins` of a mesh.toml; both sides get what cards name as base, and nothing else of them when not `loaded`."""
+        """`services` and `plugins` of a mesh.toml; both sides get what cards name as base; not `loaded` they give nothing else but what they name instead."""
         engine = {"executor": setting.executor, "kv_dtype": setting.kv_dtype, "num_threads": setting.threads}
         services: dict[str, dict[str, Any]] = {"decode": dict(engine), "prefill": dict(engine)}
         plugins: dict[str, Any] = {}
         for card in self.cards:
             _merge(services, card.ab.base)
-        for card in self.cards if loaded else ():
-            _merge(services, card.ab.services)
+        for card in self.cards:
+            if not loaded and not card.ab.instead:
+                continue
+            _merge(services, card.ab.services if loaded else card.ab.instead)
             for name in card.services:
                 if name in SERVICE_NAMES:
                     services.setdefault(name, {}).setdefault("plugins", []).append(card.slug)

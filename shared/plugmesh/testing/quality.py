@@ -65,4 +65,4 @@ class FakeSubject:
 
     def complete(self, texts: Sequence[str], max_tokens: int) -> list[str]:
         """Repeats what stands behind the last colon but one."""
-        return ["" if self._damage else t.split(":")[-2].split("\n")[0] for t in texts]
+        return ["" if self._damage else (":" + t).split(":")[-2].split("\n")[0] for t in texts]
