@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
-from plugmesh.ab.table import MEMORY, NEUTRAL, bytes_of, spread, verdict
+from plugmesh.ab.table import MEMORY, NEUTRAL, against_reference, bytes_of, gain_verdict, spread, verdict
 from plugmesh.bench import svg
 from plugmesh.bench.html import document
 from plugmesh.bench.table import number
@@ -50,7 +50,7 @@ def _speed(report: Mapping[str, Any]) -> str:
     rows, cards = "", []
     for row in report["speed"]:
         g = row["gain"]
-        kind = _CLASS[verdict(g["value"], g["low"], g["high"], neutral=1.0, better="higher")]
+        kind = _CLASS[gain_verdict(row)]
         rows += (
             f"<tr><td>{escape(row['title'])}<small>{escape(row['unit'])}</small></td><td>{number(row['without'])}</td><td>{number(row['with'])}</td>"
             f"<td class='{kind}'>{number(g['value'])}×<small>{number(g['low'])} to {number(g['high'])}</small></td></tr>"
@@ -88,13 +88,16 @@ def _quality(report: Mapping[str, Any]) -> str:
         for i, name in enumerate(names):
             cells = "".join(f"<td>{number(figures.get(s, {}).get(name), 4)}</td>" for s in ("without", "with", "reference"))
             rows += f"<tr><td>{escape(q['title']) if i == 0 else ''}<small>{escape(name)}</small></td>{cells}<td></td></tr>"
-        for delta in q["deltas"]:
+        for i, delta in enumerate(q["deltas"]):
             kind = _CLASS[verdict(delta["value"], delta["low"], delta["high"], neutral=NEUTRAL.get(delta["name"], 0.0), better=delta["better"])]
-            rows += f"<tr><td><small>{escape(delta['name'])}</small></td><td></td><td></td><td></td><td class='{kind}'>{escape(spread(delta, 4))}</td></tr>"
+            cells = "".join(f"<td class=soft>{against_reference(q, s, delta['name'])}</td>" for s in ("without", "with"))
+            title = escape(q["title"]) if i == 0 and not names else ""
+            rows += f"<tr><td>{title}<small>{escape(delta['name'])}</small></td>{cells}<td></td><td class='{kind}'>{escape(spread(delta, 4))}</td></tr>"
         if len(names) > 1:
             groups = "".join(
                 f"<p class=soft>{escape(n)}</p>" + svg.bars({s: (figures[s][n],) * 3 for s in figures if n in figures[s]}, n) for n in names if n != "all"
             )
             cards.append(f"<div class=card><h3>{escape(q['title'])}</h3>{groups}</div>")
     head = "<tr><th>metric<th>without<th>with<th>float32 reference<th>difference</tr>"
-    return f"<h2>Quality</h2><table>{head}{rows}</table><div class=grid style='margin-top:1rem'>{''.join(cards)}</div>"
+    note = "<p class=soft>In rows with a difference, the columns of the sides hold the same against the float32 reference, where it was asked.</p>"
+    return f"<h2>Quality</h2>{note}<table>{head}{rows}</table><div class=grid style='margin-top:1rem'>{''.join(cards)}</div>"

@@ -30,6 +30,12 @@ def verdict(value: float, low: float, high: float, *, neutral: float, better: st
     return "good" if (value > neutral) == (better == "higher") else "bad"
 
 
+def gain_verdict(row: Mapping[str, Any]) -> str:
+    """Of a row of speed; one round says nothing."""
+    g = row["gain"]
+    return verdict(g["value"], g["low"], g["high"], neutral=1.0, better="higher") if len(row["rounds"]["with"]) > 1 else "same"
+
+
 COLOURS = {"good": "green", "bad": "red", "same": "default"}
 NEUTRAL = {"perplexity_ratio": 1.0, "top1_agreement": 1.0, "identical_continuations": 1.0, "common_beginning": 1.0}
 """Where a delta says "no difference"; 0 for the others."""
@@ -87,7 +93,7 @@ def _speed(report: Mapping[str, Any]) -> Table:
     before = ""
     for row in report["speed"]:
         g, title, before = row["gain"], "" if row["title"] == before else row["title"], row["title"]
-        colour = COLOURS[verdict(g["value"], g["low"], g["high"], neutral=1.0, better="higher")]
+        colour = COLOURS[gain_verdict(row)]
         table.add_row(escape(title), row["unit"], number(row["without"]), number(row["with"]), f"[{colour}]{spread(g)}[/]")
     return table
 
@@ -122,7 +128,7 @@ def _quality(report: Mapping[str, Any]) -> Table:
             table.add_row(escape(q["title"]) if i == 0 else "", name, *(number(q["figures"].get(s, {}).get(name), 4) for s in sides), "")
         for i, delta in enumerate(q["deltas"]):
             colour = COLOURS[verdict(delta["value"], delta["low"], delta["high"], neutral=NEUTRAL.get(delta["name"], 0.0), better=delta["better"])]
-            against = [_against_reference(q, side, delta["name"]) for side in ("without", "with")]
+            against = [against_reference(q, side, delta["name"]) for side in ("without", "with")]
             cells = [*against, ""] if has_reference else against
             table.add_row("" if names or i else escape(q["title"]), delta["name"], *cells, f"[{colour}]{spread(delta, 4)}[/]")
     if has_reference:
@@ -130,6 +136,7 @@ def _quality(report: Mapping[str, Any]) -> Table:
     return table
 
 
-def _against_reference(quality: Mapping[str, Any], side: str, name: str) -> str:
+def against_reference(quality: Mapping[str, Any], side: str, name: str) -> str:
+    """A side's delta from the float32 reference; empty where that was not asked."""
     found = [d["value"] for d in quality.get("against_reference", {}).get(side, []) if d["name"] == name]
     return number(found[0], 4) if found else ""
