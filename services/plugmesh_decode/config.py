@@ -15,6 +15,7 @@ class Settings(ServiceSettings):
     executor: Literal["auto", "native", "torch", "cuda"] = "auto"  # auto: native kernels where this machine has them, else torch
     dtype: Literal["bfloat16", "float32"] = "float32"         # of the torch executor
     kv_dtype: Literal["bfloat16", "int8"] = "bfloat16"        # of the native executor's KV
+    weight_format: str = pydantic.Field("", max_length=24)    # a plugin's, to be loaded here and in the weightstore; empty: the executor's own
     device: str = "cpu"
     num_kv_blocks: int = pydantic.Field(1024, ge=8, le=1 << 20)
     max_num_sequences: int = pydantic.Field(64, ge=1, le=1024)

@@ -22,7 +22,7 @@ from plugmesh_decode.config import Settings
 from plugmesh_decode.events import MAX_IDS, KvEvents
 from plugmesh_decode.generate import Generator
 from plugmesh_decode.session import Session
-from plugmesh_engine import EngineConfig, EngineStats, build_engine, weight_format
+from plugmesh_engine import EngineConfig, EnginePlugins, EngineStats, build_engine, weight_format
 from plugmesh_engine.fetch import fetch_manifest
 from plugmesh_proto.v1 import decode_pb2 as pb
 from plugmesh_proto.v1 import decode_pb2_grpc as rpc
@@ -115,13 +115,11 @@ class DecodeService(rpc.DecodeServicer):
         context, settings = self._context, self._settings
         context.plugins.register_builtin(CorePrefillPolicy(settings.remote_prefill_min_tokens))
         config = self._engine_config()
+        plugins = EnginePlugins.from_host(context.plugins, settings.weight_format)
         manifest = await fetch_manifest(
-            context.mesh, "", weight_format(config), cache_dir=context.config.mesh.cache_dir.expanduser()
+            context.mesh, "", settings.weight_format or weight_format(config), cache_dir=context.config.mesh.cache_dir.expanduser()
         )
-        plugins = context.plugins
-        self._engine = await asyncio.to_thread(
-            build_engine, manifest, config, scheduler=plugins.last("schedulers"), drafts=plugins.last("drafts")
-        )
+        self._engine = await asyncio.to_thread(build_engine, manifest, config, plugins)
         self._manifest = manifest
         if settings.use_kvstore:
             self._stores = KvStores(

@@ -10,11 +10,12 @@ from plugmesh.config import ServiceSettings
 
 
 class Settings(ServiceSettings):
-    """Settings of one prefill instance. `executor`, `dtype` and `kv_dtype` must equal decode's, or no block can be shared."""
+    """Settings of one prefill instance. `executor`, `dtype`, `kv_dtype` and `weight_format` must equal decode's, or no block can be shared."""
 
     executor: Literal["auto", "native", "torch", "cuda"] = "auto"  # auto: native kernels where this machine has them, else torch
     dtype: Literal["bfloat16", "float32"] = "float32"         # of the torch executor
     kv_dtype: Literal["bfloat16", "int8"] = "bfloat16"        # of the native executor's KV
+    weight_format: str = pydantic.Field("", max_length=24)    # a plugin's, to be loaded here and in the weightstore; empty: the executor's own
     device: str = "cpu"
     num_kv_blocks: int = pydantic.Field(520, ge=8, le=1 << 20)
     max_tokens_per_step: int = pydantic.Field(256, ge=1, le=65536)  # one chunk

@@ -15,7 +15,7 @@ from plugmesh.kv.stores import KvStores
 from plugmesh.mesh.api import Binding, ServiceContext
 from plugmesh.metrics import Metrics
 from plugmesh.records import HandOver, KvHandOverRecord
-from plugmesh_engine import EngineConfig, build_engine, weight_format
+from plugmesh_engine import EngineConfig, EnginePlugins, build_engine, weight_format
 from plugmesh_engine.fetch import fetch_manifest
 from plugmesh_prefill.compute import PrefillRunner
 from plugmesh_prefill.config import Settings
@@ -59,11 +59,12 @@ class PrefillService(rpc.PrefillServicer):
         context, settings = self._context, self._settings
         context.plugins.register_builtin(CoreHandOver())
         config = self._engine_config()
+        plugins = EnginePlugins.from_host(context.plugins, settings.weight_format)
         manifest = await fetch_manifest(
-            context.mesh, "", weight_format(config), cache_dir=context.config.mesh.cache_dir.expanduser()
+            context.mesh, "", settings.weight_format or weight_format(config), cache_dir=context.config.mesh.cache_dir.expanduser()
         )
         self._manifest = manifest
-        self._engine = await asyncio.to_thread(build_engine, manifest, config, scheduler=context.plugins.last("schedulers"))
+        self._engine = await asyncio.to_thread(build_engine, manifest, config, plugins)
         me = context.mesh.self_info
         self._stores = KvStores(context.mesh, self._engine.layout, holder=me.instance_id, incarnation=me.incarnation)
         self._runner = PrefillRunner(

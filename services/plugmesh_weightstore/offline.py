@@ -10,21 +10,28 @@ import argparse
 import hashlib
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from plugmesh import logs
+from plugmesh.config import MeshConfig
 from plugmesh.errors import PlugmeshError
+from plugmesh.host import PluginHost
+from plugmesh.records import WeightFormatRecord
 from plugmesh_weightstore.blobs import BlobStore
 from plugmesh_weightstore.catalogue import Catalogue
 from plugmesh_weightstore.importing import AllowedRoots, import_model
 from plugmesh_weightstore.resolving import Resolver
 
 
-def manifest(path: Path, format: str, store: Path) -> dict[str, Any]:
+def manifest(path: Path, format: str, store: Path, formats: Sequence[WeightFormatRecord] = ()) -> dict[str, Any]:
     """Imports the file where the store does not have it, packs it in the format, and tells where everything lies.
 
     Raises what `import_model` and `Resolver.tensors` raise.
+
+    Args:
+        formats: Of plugins, beside the core's.
     """
     path = path.expanduser().resolve()
     store.mkdir(parents=True, exist_ok=True)
@@ -39,7 +46,7 @@ def manifest(path: Path, format: str, store: Path) -> dict[str, Any]:
             catalogue.note_import(key, model.version)
         else:
             model = catalogue.find(version)
-        tensors = Resolver(catalogue, blobs).tensors(model, format)
+        tensors = Resolver(catalogue, blobs, formats).tensors(model, format)
         return {
             "model": model.aliases[0], "version": model.version, "architecture": model.architecture, "config_json": model.config_json, "format": format,
             "tensors": [
@@ -57,10 +64,14 @@ def main() -> int:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--format", required=True)
     parser.add_argument("--store", type=Path, required=True)
+    parser.add_argument("--plugins", default="", metavar="SLUG,...", help="plugins whose weight formats may be named")
+    parser.add_argument("--plugin-settings", type=json.loads, default={}, metavar="JSON", help='their settings: {"slug": {"key": value}}')
     args = parser.parse_args()
     logs.configure("error")  # standard output is for the manifest
     try:
-        print(json.dumps(manifest(args.model, args.format, args.store)))
+        slugs = [s for s in args.plugins.split(",") if s]
+        host = PluginHost.load(slugs, MeshConfig(plugins=args.plugin_settings), service="weightstore")
+        print(json.dumps(manifest(args.model, args.format, args.store, host.records("weight_formats"))))
     except PlugmeshError as e:
         print(e.message, file=sys.stderr)
         return 1

@@ -210,7 +210,7 @@ class WeightStoreService:
                 log.warning("weightstore.waiting_for_database")
                 time.sleep(pause)
                 pause = min(2.0, pause * 2)
-        self.resolver = Resolver(self.catalogue, self.blobs)
+        self.resolver = Resolver(self.catalogue, self.blobs, self._context.plugins.records("weight_formats"))
         self.roots = AllowedRoots([self._cache_dir / "models", self._data_dir / "models", *self._settings.allowed_roots])
 
     def _password(self, url: str) -> str | None:

@@ -19,10 +19,12 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-from plugmesh import logs
+from plugmesh import cards, logs
+from plugmesh.config import MeshConfig
 from plugmesh.errors import FailedPrecondition, PlugmeshError
+from plugmesh.host import PluginHost
 from plugmesh.types import SamplingParams
-from plugmesh_engine import Engine, EngineConfig, EngineRequest, load_model
+from plugmesh_engine import Engine, EngineConfig, EnginePlugins, EngineRequest, build_engine
 from plugmesh_engine.config import resolve_executor, weight_format
 
 
@@ -38,9 +40,20 @@ class _Live:
     tokens: list[int]
 
 
-def load_manifest(model: pathlib.Path, format: str, store: pathlib.Path) -> Any:
-    """The model's manifest, imported and packed by the weightstore's own code in a process of its own. Raises FailedPrecondition."""
+def load_manifest(
+    model: pathlib.Path, format: str, store: pathlib.Path, plugins: Sequence[str] = (), settings: Mapping[str, Mapping[str, Any]] | None = None
+) -> Any:
+    """The model's manifest, imported and packed by the weightstore's own code in a process of its own. Raises FailedPrecondition.
+
+    Args:
+        plugins: Slugs of those whose weight formats may be named; others of the same engine do no harm.
+        settings: Slug to its `[plugins.<slug>]`.
+    """
     command = [sys.executable, "-m", "plugmesh_weightstore.offline", "--model", str(model), "--format", format, "--store", str(store)]
+    loaded = [slug for slug in plugins if "weightstore" in cards.read(slug).services]
+    if loaded:
+        given = {slug: dict(values) for slug, values in (settings or {}).items() if slug in loaded}
+        command += ["--plugins", ",".join(loaded), "--plugin-settings", json.dumps(given)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise FailedPrecondition(f"{model.name} cannot be packed as {format}: {done.stderr.strip()[-300:]}")
@@ -125,9 +138,12 @@ def build(args: argparse.Namespace) -> tuple[Engine, dict[str, Any]]:
         executor=args.executor, dtype=args.dtype, kv_dtype=args.kv_dtype, num_threads=args.threads, num_blocks=args.num_blocks,
         max_tokens_per_step=args.max_tokens_per_step,
     )  # fmt: skip
-    manifest = load_manifest(args.model, weight_format(config), args.store)
-    model = load_model(manifest, config)
-    engine = Engine(model, config)
+    slugs = [s for s in args.plugins.split(",") if s]
+    host = PluginHost.load([s for s in slugs if "decode" in cards.read(s).services], MeshConfig(plugins=args.plugin_settings), service="decode")
+    plugins = EnginePlugins.from_host(host, args.weight_format)
+    manifest = load_manifest(args.model, args.weight_format or weight_format(config), args.store, slugs, args.plugin_settings)
+    engine = build_engine(manifest, config, plugins)
+    model = engine.model
     return engine, {
         "executor": resolve_executor(config, model.config.architecture), "format": manifest.format, "kv_codec": engine.layout.codec,
         "kv_dtype": engine.layout.dtype, "weight_bytes": sum(t.num_bytes for t in manifest.tensors), "threads": args.threads or len(os.sched_getaffinity(0)),
@@ -146,6 +162,9 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--num-blocks", type=int, default=2048)
     parser.add_argument("--max-tokens-per-step", type=int, default=512)
+    parser.add_argument("--plugins", default="", metavar="SLUG,...", help="plugins of the engine, as decode would load them")
+    parser.add_argument("--plugin-settings", type=json.loads, default={}, metavar="JSON", help='their settings: {"slug": {"key": value}}')
+    parser.add_argument("--weight-format", default="", help="of one of the plugins; empty: the executor's own")
     args = parser.parse_args()
     # The protocol has standard output for itself: whatever a library prints there goes to standard error.
     answers = os.fdopen(os.dup(1), "w", buffering=1)

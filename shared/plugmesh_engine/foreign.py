@@ -106,9 +106,11 @@ def map_tensor(entry: TensorLike, files: dict[str, np.ndarray], format: str = ""
 
 def check_format(manifest: ManifestLike, record: WeightFormatRecord | None) -> None:
     """Raises FailedPrecondition when a manifest and the format that the engine is set to differ."""
-    wanted = record.name if record is not None else ""
-    if record is not None and manifest.format != wanted:
-        raise FailedPrecondition(f"the manifest is of format {manifest.format!r}, the engine is set to the weight format {wanted!r}", param="format")
+    if record is not None and manifest.format != record.name:
+        raise FailedPrecondition(f"the manifest is of format {manifest.format!r}, the engine is set to the weight format {record.name!r}", param="format")
+    own = next((t.dtype for t in manifest.tensors if "/" in t.dtype), "")
+    if record is None and own:
+        raise FailedPrecondition(f"the manifest holds tensors of {own!r}: it is read by an engine that is set to that weight format", param="format")
 
 
 def content_digest(manifest: ManifestLike, tensors: Mapping[str, Packed]) -> str:

@@ -189,7 +189,7 @@ def write_packed(folder: pathlib.Path, source: WeightSource, record: WeightForma
             f.write(b"\0" * (-f.tell() % 64))
             start, digest = f.tell(), hashlib.sha256()
             for piece in t.data:
-                view = memoryview(piece).cast("B")
+                view = (np.ascontiguousarray(piece).data if isinstance(piece, np.ndarray) else memoryview(piece)).cast("B")
                 digest.update(view)
                 f.write(view)
             entries.append(FileTensor(t.name, t.dtype, tuple(t.shape), str(path), start, f.tell() - start, digest.hexdigest()))

@@ -10,6 +10,7 @@ from plugmesh.records import WeightFormatRecord
 from plugmesh.types import ModelConfig
 from plugmesh_engine.config import EngineConfig, resolve_executor
 from plugmesh_engine.engine import Engine
+from plugmesh_engine.foreign import check_format
 from plugmesh_engine.plugins import EnginePlugins
 from plugmesh_engine.seams import ManifestLike, Model
 
@@ -29,6 +30,7 @@ def load_model(manifest: ManifestLike, config: EngineConfig, weight_format: Weig
         DataLoss: A file is shorter than the manifest says, or a tensor is missing or has the wrong shape.
         ConfigError: Unknown executor, dtype, architecture or rope scaling.
     """
+    check_format(manifest, weight_format)
     name = resolve_executor(config, ModelConfig.from_json(manifest.config_json).architecture)
     if config.executor == "auto" and manifest.format != "native" and weight_format is None:
         name = "torch"

@@ -100,8 +100,9 @@ def load(manifest: ManifestLike, *, large_pages: bool = True, weight_format: Wei
     plugin = None if weight_format is None else load_plugin(weight_format, config, tensors, llama_shapes(config), digest)
     num_bytes = sum(r.nbytes for r in raw.values())
     copied = num_bytes if held == "private" else 0
-    log.info("weights.loaded", held=held, num_bytes=num_bytes, format=manifest.format)
-    return NativeModel(config, manifest.version, num_bytes - copied, copied, tensors, held, plugin=plugin)
+    extra = max(0, plugin.weights.num_bytes - num_bytes) if plugin else 0  # what the format made of the stored bytes, in this process
+    log.info("weights.loaded", held=held, num_bytes=num_bytes, num_extra_bytes=extra, format=manifest.format)
+    return NativeModel(config, manifest.version, num_bytes - copied, copied + extra, tensors, held, plugin=plugin)
 
 
 class NativeKv:
