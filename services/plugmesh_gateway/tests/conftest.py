@@ -22,10 +22,10 @@ from plugmesh.config import MeshConfig
 from plugmesh.errors import InvalidRequest, PlugmeshError
 from plugmesh.host import PluginHost
 from plugmesh.mesh.api import ServiceContext
-from plugmesh.types import InstanceInfo
+from plugmesh.types import InstanceInfo, KvLayout
 from plugmesh_gateway.config import Settings
 from plugmesh_gateway.service import GatewayService
-from plugmesh_proto.v1 import common_pb2, decode_pb2, decode_pb2_grpc, tokenizer_pb2, tokenizer_pb2_grpc
+from plugmesh_proto.v1 import common_pb2, decode_pb2, decode_pb2_grpc, kvstore_pb2, tokenizer_pb2, tokenizer_pb2_grpc
 
 EOS = 256
 VOCAB = 300
@@ -153,6 +153,8 @@ class ScriptedDecode(decode_pb2_grpc.DecodeServicer):
         self.token_delay_s = 0.0
         self.top = 0
         self.confidence: Callable[[int], float] = lambda token: 1.0
+        self.layout: KvLayout | None = None
+        self.cached: list[bytes] = []      # blocks that a snapshot tells
         self.changed = asyncio.Event()
 
     def poke(self) -> None:
@@ -163,7 +165,10 @@ class ScriptedDecode(decode_pb2_grpc.DecodeServicer):
         while self.is_silent:
             await asyncio.sleep(0.02)
         return decode_pb2.DecodeStatus(model=self.model, weight_version="v1", max_model_len=self.max_model_len, num_steps=self.num_steps,
-                                       num_running=len(self.live))
+                                       num_running=len(self.live), layout=wire.layout_to_pb(self.layout) if self.layout else None)
+
+    async def KvSnapshot(self, request, context):
+        yield kvstore_pb2.SnapshotPage(as_of_sequence=3, incarnation="some life", block_ids=self.cached)
 
     async def Session(self, commands, context):
         live: dict[str, dict[int, list[int]]] = {}
@@ -342,6 +347,9 @@ class TestMesh:
     def watch(self, callback):
         self._watchers.append(callback)
         return lambda: self._watchers.remove(callback)
+
+    def subscribe(self, topic, callback, *, max_pending=1024):
+        return lambda: None
 
     def set_load(self, **load: float) -> None:
         self.load.update(load)
