@@ -75,13 +75,13 @@ def test_logits_and_perplexity_equal_the_reference(model: TorchModel, reference:
     assert 10 < perplexity(fast, ids) < 40  # the text differs a little between versions of Python
 
 
-def test_the_wrong_rotation_ruins_the_model(loaded: tuple[ModelConfig, Weights], encode: Callable[[str], list[int]]) -> None:
+def test_the_wrong_rotation_ruins_the_model(loaded: tuple[ModelConfig, Weights], model: TorchModel, encode: Callable[[str], list[int]]) -> None:
     """The GGUF's Q and K are in the order for adjacent pairs."""
     config, weights = loaded
     ids = encode(english()[100_000:104_000])[:256]
     wrong = model_in_memory(dataclasses.replace(config, rope_style="half"), weights)
 
-    assert perplexity(all_logits(wrong, ids), ids) > 200
+    assert perplexity(all_logits(wrong, ids), ids) > 4 * perplexity(all_logits(model, ids), ids)
 
 
 def test_bfloat16_keeps_the_perplexity(loaded: tuple[ModelConfig, Weights], model: TorchModel, encode: Callable[[str], list[int]]) -> None:
