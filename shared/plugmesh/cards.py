@@ -88,13 +88,12 @@ def read(slug: str, *, where: str = "") -> Card:
         ConfigError: No such plugin, no card, or a card that does not fit the schema; names `where` (the config line).
     """
     package = package_of(slug)
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
+    folder = folder_of(slug)
+    if folder is None:
         known = ", ".join(sorted(installed())) or "none"
         raise ConfigError(f"{where or 'plugins'}: there is no plugin {slug!r}; installed: {known}", plugin=slug)
-    path = pathlib.Path(next(iter(spec.submodule_search_locations))) / "plugin.toml"
     try:
-        card = Card.model_validate(tomllib.loads(path.read_text()))
+        card = Card.model_validate(tomllib.loads((folder / "plugin.toml").read_text()))
     except OSError as e:
         raise ConfigError(f"{where or slug}: plugin {slug!r} has no plugin.toml", plugin=slug) from e
     except (tomllib.TOMLDecodeError, pydantic.ValidationError) as e:
@@ -104,27 +103,44 @@ def read(slug: str, *, where: str = "") -> Card:
     return card
 
 
+def folder_of(slug: str) -> pathlib.Path | None:
+    """Where a plugin's package lies; None when it cannot be imported."""
+    _checkout()
+    try:
+        spec = importlib.util.find_spec(package_of(slug))
+    except (ImportError, ValueError):
+        return None
+    return pathlib.Path(next(iter(spec.submodule_search_locations))) if spec is not None and spec.submodule_search_locations else None
+
+
+def _checkout() -> pathlib.Path | None:
+    """`plugins/` of the checkout that this package lies in, if it does, importable from now on: an editable install knows only the
+    plugins that there were when it was made."""
+    plugins = pathlib.Path(__file__).resolve().parents[2] / "plugins"
+    if not plugins.is_dir():
+        return None
+    if str(plugins) not in sys.path:
+        sys.path.append(str(plugins))
+    return plugins
+
+
 def installed() -> dict[str, Card]:
     """Every plugin that can be named in a configuration here, slug to card; broken cards are left out."""
     from importlib.metadata import entry_points
 
+    _checkout()
     slugs = {p.name for p in entry_points(group="plugmesh")}
     for root in sys.path:
         folder = pathlib.Path(root or ".")
         if folder.is_dir():
             slugs.update(p.parent.name.removeprefix("plugmesh_") for p in folder.glob("plugmesh_*/plugin.toml"))
-    try:  # an editable install serves folders that are on no path of sys.path
-        import plugmesh
-
-        plugins = pathlib.Path(next(iter(plugmesh.__path__))).parent.parent / "plugins"
-        slugs.update(p.parent.name.removeprefix("plugmesh_") for p in plugins.glob("plugmesh_*/plugin.toml"))
-    except (StopIteration, OSError):
-        pass
     found: dict[str, Card] = {}
     for slug in sorted(slugs):
+        if folder_of(slug) is None:
+            continue
         try:
             found[slug] = read(slug)
-        except (ConfigError, RecursionError):
+        except ConfigError:
             continue
     return found
 

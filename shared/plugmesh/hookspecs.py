@@ -113,7 +113,7 @@ def register_prefill_policies(context: PluginContext) -> list[PrefillPolicyRecor
     Arguments: context: the plugin's settings and facts of the process.
     Returns: records, or an empty list.
     Raising: stops the start with the plugin's name.
-    Example: plugins/plugmesh_splitwise/plugin.py
+    Example: docs/examples/plugmesh-hello/plugmesh_hello/plugin.py
     """
 
 
@@ -201,7 +201,7 @@ def on_request_finished(request_id: str, finish_reason: str, num_prompt_tokens: 
     Arguments: ids and counts, never text; finish_reason is "stop", "length", "cancelled" or "error".
     Returns: nothing.
     Raising: logged and counted with the plugin's name; nobody else notices.
-    Example: plugins/plugmesh_splitwise/plugin.py
+    Example: docs/examples/plugmesh-hello/plugmesh_hello/plugin.py
     """
 
 
@@ -214,7 +214,7 @@ def on_service_stopping() -> None:
     Combines: every implementation is called.
     Returns: nothing.
     Raising: logged with the plugin's name.
-    Example: plugins/plugmesh_splitwise/plugin.py
+    Example: docs/examples/plugmesh-hello/plugmesh_hello/plugin.py
     """
 
 

@@ -32,7 +32,7 @@ SLOW_START_S = 10.0   # importing, registering and building are only watched: pr
 REQUEST_LIMIT_S = 2.0 # for a call that holds up an event loop; below a lease's life
 STEP_LIMIT_S = 10.0   # for a call that holds up an engine's step
 STEP_METHODS: Mapping[str, tuple[str, ...]] = {"schedulers": ("schedule",), "drafts": ("propose", "observe")}
-BUILT_ONCE = ("schedulers", "drafts", "routers", "admission")  # when building fails, the process cannot start
+BUILT_ONCE = ("schedulers", "drafts", "routers", "admission", "strategies", "kv_codecs")  # when building fails, the process cannot start
 
 
 @dataclass(frozen=True, slots=True)

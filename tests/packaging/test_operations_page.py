@@ -80,7 +80,7 @@ def test_every_command_in_the_readme_exists_and_the_other_way_round() -> None:
 
     commands = {c.name or c.callback.__name__ for c in app.registered_commands} - {"version"} | {f"keys {c.name}" for c in keys_app.registered_commands}  # type: ignore[union-attr]
     commands |= {str(group.name) for group in app.registered_groups} - {"keys"}  # one row for a group, but for keys
-    named = {m for row in README.splitlines() if row.startswith("| `plugmesh ") for m in re.findall(r"plugmesh (keys \w+|\w+)", row)}
+    named = {m for row in README.splitlines() if row.startswith("| `plugmesh ") for m in re.findall(r"plugmesh (keys \w+|[\w-]+)", row)}
 
     assert named == commands
 

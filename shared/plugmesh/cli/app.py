@@ -150,6 +150,19 @@ def plugins(
     run_plugins(slug, as_json=json, config=config)
 
 
+@app.command("new-plugin", rich_help_panel="Prepare")
+def new_plugin(
+    slug: Annotated[str, typer.Argument(help="Name of the plugin: small letters, digits, underscores.")],
+    kind: Annotated[str, typer.Option("--kind", "-k", help="What it does: scheduler, draft, router, ...; a wrong one lists all.")],
+    out: Annotated[pathlib.Path | None, typer.Option("--out", help="Folder to put it in (default: plugins/ of this checkout, else here).")] = None,
+    distribution: Annotated[bool | None, typer.Option("--distribution/--package", help="With a pyproject.toml of its own, or the package alone.")] = None,
+) -> None:
+    """Write a new plugin that works and passes its tests, to be changed into something of use."""
+    from plugmesh.cli.new_plugin import run_new_plugin
+
+    run_new_plugin(slug, kind=kind, out=out, distribution=distribution)
+
+
 @keys_app.command("new")
 def keys_new(
     name: Annotated[str, typer.Argument(help="Whose key it is; appears in logs.")],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import pathlib
 
 from rich.markup import escape
@@ -10,7 +9,6 @@ from rich.markup import escape
 from plugmesh import card_facts, cards
 from plugmesh import config as configuration
 from plugmesh.cli import output
-from plugmesh.errors import ConfigError
 
 FIDELITY = {"exact": "[green]exact[/]", "dist": "[green]same distr.[/]", "lossy": "[yellow]approximate[/]", "n/a": "[dim]n/a[/]"}
 
@@ -46,8 +44,9 @@ def run_render(*, check: bool = False) -> list[pathlib.Path]:
     """
     stale = []
     for slug, card in cards.installed().items():
-        page = folder_of(slug) / "README.md"
-        if not page.is_file():
+        folder = cards.folder_of(slug)
+        page = folder / "README.md" if folder is not None else None
+        if page is None or not page.is_file():
             continue
         text = page.read_text()
         new = card_facts.updated(text, card)
@@ -56,14 +55,6 @@ def run_render(*, check: bool = False) -> list[pathlib.Path]:
             if not check:
                 page.write_text(new)
     return stale
-
-
-def folder_of(slug: str) -> pathlib.Path:
-    """Where a plugin's package lies. Raises ConfigError when there is none."""
-    spec = importlib.util.find_spec(cards.package_of(slug))
-    if spec is None or not spec.submodule_search_locations:
-        raise ConfigError(f"there is no plugin {slug!r}", plugin=slug)
-    return pathlib.Path(next(iter(spec.submodule_search_locations)))
 
 
 def _print_table(installed: dict[str, cards.Card], loaded: dict[str, list[str]]) -> None:
@@ -86,7 +77,8 @@ def _print_table(installed: dict[str, cards.Card], loaded: dict[str, list[str]])
 
 
 def _print_one(card: cards.Card, users: list[str], *, as_json: bool) -> None:
-    folder = folder_of(card.slug)
+    folder = cards.folder_of(card.slug)
+    assert folder is not None  # its card was read from there
     if as_json:
         output.print_json({**cards.as_row(card), "loaded_in": users, "folder": str(folder)})
         return
