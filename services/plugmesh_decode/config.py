@@ -28,4 +28,7 @@ class Settings(ServiceSettings):
     use_kvstore: bool = True                                  # look for prefixes of prompts in the kvstore
     remote_prefill_min_tokens: int = pydantic.Field(256, ge=1)  # "auto" sends shorter prompts to nobody
     remote_prefill_timeout_s: float = pydantic.Field(5.0, gt=0, le=600)  # without progress for this long: compute locally
+    max_held_sequences: int = pydantic.Field(64, ge=0, le=4096)  # finished ones whose KV stays to fork from, while nobody needs the memory
+    hold_ttl_s: float = pydantic.Field(60.0, gt=0, le=3600)   # since their end or last use
+    max_tap_bytes: int = pydantic.Field(64 << 20, ge=1 << 16)  # hidden states that one call may ask for
     max_session_rows: int = pydantic.Field(65536, ge=16)      # rows a slow consumer may leave unread

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,14 +39,26 @@ from plugmesh.wire import (
     usage_to_pb,
 )
 from plugmesh_decode.config import Settings
+from plugmesh_decode.holds import Held
 from plugmesh_decode.prefill_remotely import RemotePrefill
 from plugmesh_decode.session import Session
 from plugmesh_engine import Engine, EngineRequest, KvSource, StepOutput, TokenEvent
 from plugmesh_engine.driver import EngineDriver, ExportedBlock
+from plugmesh_engine.requests import HiddenRows
 from plugmesh_proto.v1 import decode_pb2 as pb
 from plugmesh_proto.v1 import prefill_pb2
 
 log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Extra:
+    """What score and tap add to a request; see `plugmesh_engine.EngineRequest`. `on_hidden` is called in the event loop, before the rows of the step."""
+
+    score: tuple[tuple[int, ...], ...] = ()
+    taps: tuple[int, ...] = ()
+    tap_from: int = 0
+    on_hidden: Callable[[HiddenRows], None] | None = None
 
 
 @dataclass(slots=True)
@@ -57,6 +69,8 @@ class Generation:
     session: Session
     sampling: SamplingParams
     started_s: float
+    extra: Extra = Extra()
+    num_prompt: int = 0                         # a fork's is known when it is in the engine
     prefill: str = "local"
     resume: tuple[tuple[int, ...], ...] = ()
     resume_finished: tuple[bool, ...] = ()
@@ -69,6 +83,9 @@ class Generation:
     deadline: asyncio.TimerHandle | None = None
     in_engine: bool = False
     span: Span = field(default_factory=lambda: Span(""))
+
+
+NOTHING = Extra()
 
 
 class Generator:
@@ -86,6 +103,7 @@ class Generator:
         self.driver = EngineDriver(engine, self._on_step, self._on_engine_failure)
         self.remote = RemotePrefill(mesh, settings.remote_prefill_timeout_s)
         self.is_draining = False
+        self.held = Held(settings.hold_ttl_s, self.driver.cancel)
         self._model = engine.model.config
         self._max_len = engine.max_model_len
         self._names = names
@@ -96,10 +114,10 @@ class Generator:
 
     # 1. Admission
 
-    def begin(self, request: pb.GenerateRequest, session: Session) -> None:
+    def begin(self, request: pb.GenerateRequest, session: Session, extra: Extra = NOTHING) -> None:
         """Takes a request; whatever happens to it comes out of `session`."""
         try:
-            generation = self._admit(request, session)
+            generation = self._admit(request, session, extra)
         except PlugmeshError as e:
             self._counters.requests.labels("refused").inc()
             session.put(0, [error_row(request.request_id, e)])
@@ -115,24 +133,25 @@ class Generator:
             generation.deadline = asyncio.get_running_loop().call_later(left_s, self._on_deadline, generation)
         generation.task = asyncio.create_task(self._start(generation))
 
-    def _admit(self, request: pb.GenerateRequest, session: Session) -> Generation:
+    def _admit(self, request: pb.GenerateRequest, session: Session, extra: Extra) -> Generation:
         if self.is_draining:
             raise Unavailable("this decode instance is draining", retry_after_s=1)
         if not request.request_id:
             raise InvalidRequest("request_id is empty", param="request_id")
-        if request.request_id in self._live:
-            raise AlreadyExists(f"request {request.request_id} is running here", param="request_id")
+        if request.request_id in self._live or request.request_id in self.held:
+            raise AlreadyExists(f"request {request.request_id} is running or held here", param="request_id")
         if request.model not in self._names:
             raise NotFound(f"model {request.model!r} is not served here; it serves {', '.join(sorted(n for n in self._names if n))}", param="model")
-        if not request.token_ids:
+        is_fork = request.HasField("fork")
+        if not request.token_ids and not is_fork:
             raise InvalidRequest("the prompt is empty", param="token_ids")
-        if min(request.token_ids) < 0 or max(request.token_ids) >= self._model.vocab_size:
+        if request.token_ids and (min(request.token_ids) < 0 or max(request.token_ids) >= self._model.vocab_size):
             raise InvalidRequest(f"token ids must lie in 0..{self._model.vocab_size - 1}", param="token_ids")
         sampling = sampling_from_pb(request.sampling)
         limits.check_sampling(sampling, vocab_size=self._model.vocab_size)
         if request.deadline_unix_s and request.deadline_unix_s <= time.time():
             raise DeadlineExceeded("the deadline has passed")
-        generation = Generation(request, session, sampling, time.monotonic())
+        generation = Generation(request, session, sampling, time.monotonic(), extra, len(request.token_ids))
         if request.resume:
             tokens: list[tuple[int, ...]] = [()] * sampling.num_sequences
             finished = [False] * sampling.num_sequences
@@ -149,7 +168,9 @@ class Generator:
 
     async def _start(self, g: Generation) -> None:
         try:
-            if await self._wants_remote(g):
+            if g.request.HasField("fork"):
+                await self._submit(g, ())
+            elif await self._wants_remote(g):
                 await self._prefill_remotely(g)
             else:
                 await self._prefill_locally(g)
@@ -163,7 +184,7 @@ class Generator:
 
     async def _wants_remote(self, g: Generation) -> bool:
         mode = g.request.prefill_mode
-        if self.stores is None or g.resume or mode == pb.GenerateRequest.PREFILL_LOCAL:
+        if self.stores is None or g.resume or g.extra is not NOTHING or g.request.hold or mode == pb.GenerateRequest.PREFILL_LOCAL:
             return False
         if mode == pb.GenerateRequest.PREFILL_REMOTE:
             return True
@@ -229,12 +250,18 @@ class Generator:
 
     async def _submit(self, g: Generation, sources: Sequence[KvSource]) -> None:
         g.in_engine = True
-        await self.driver.submit(
-            EngineRequest(
-                request_id=g.request.request_id, token_ids=tuple(g.request.token_ids), sampling=g.sampling, priority=g.request.priority,
-                kv=tuple(sources), resume=g.resume, resume_finished=g.resume_finished, use_prefix_cache=not g.request.no_prefix_cache,
-            )
+        request = EngineRequest(
+            request_id=g.request.request_id, token_ids=tuple(g.request.token_ids), sampling=g.sampling, priority=g.request.priority,
+            kv=tuple(sources), resume=g.resume, resume_finished=g.resume_finished, use_prefix_cache=not g.request.no_prefix_cache,
+            hold=g.request.hold, score=g.extra.score, taps=g.extra.taps, tap_from=g.extra.tap_from, max_total_tokens=g.request.max_total_tokens,
         )
+        if g.request.HasField("fork"):
+            point = g.request.fork
+            num_tokens = point.num_tokens if point.HasField("num_tokens") else None
+            g.num_prompt += await self.driver.call(lambda engine: engine.fork(point.request_id, point.sequence, request, num_tokens))
+            self.held.touch(point.request_id)
+        else:
+            await self.driver.submit(request)
         self._counters.prefills.labels(g.prefill).inc()
 
     # 3. Rows out
@@ -266,6 +293,10 @@ class Generator:
         frames: dict[Session, pb.TokenFrame] = {}
         ended: list[tuple[Generation, str]] = []
         num_tokens = 0
+        for rows in output.hidden:
+            tapped = self._live.get(rows.request_id)
+            if tapped is not None and tapped.extra.on_hidden is not None:
+                tapped.extra.on_hidden(rows)
         for event in output.tokens:
             g = self._live.get(event.request_id)
             if g is None:
@@ -341,7 +372,7 @@ class Generator:
                 g.resume = g.resume or ((),) * g.sampling.num_sequences
                 return
         row = pb.TokenRow(request_id=command.request_id, sequence=command.sequence, finish_reason=finish_to_pb(FinishReason.CANCELLED), request_done=True)
-        row.usage.CopyFrom(usage_to_pb(Usage(len(g.request.token_ids), g.num_generated, g.num_cached_tokens or 0)))
+        row.usage.CopyFrom(usage_to_pb(Usage(g.num_prompt, g.num_generated, g.num_cached_tokens or 0)))
         session.put(0, [row])
         self._end(g, "cancelled")
 
@@ -351,6 +382,15 @@ class Generator:
             g = self._live.get(request_id)
             if g is not None and g.session is session:
                 self._end(g, "cancelled")
+        self.held.release_all_of(session)
+
+    async def release(self, request_id: str) -> bool:
+        """Lets go of a held request; one that still runs will not be held. False when there was nothing of that name."""
+        g = self._live.get(request_id)
+        if g is not None:
+            g.request.hold = False
+        self.held.forget(request_id)
+        return await self.driver.call(lambda engine: engine.release(request_id)) or g is not None
 
     async def drain(self, deadline_s: float) -> None:
         """Refuses new requests and waits for the running ones; what is left after `deadline_s` ends as Unavailable, so that its
@@ -388,17 +428,21 @@ class Generator:
         if g.task is not None and g.task is not asyncio.current_task():
             g.task.cancel()
         pins, g.pins = g.pins, []
-        self.driver.cancel(request_id, then=lambda: release(pins))  # no-op for one that ended by itself
+        if g.request.hold and g.in_engine and reason in ("stop", "length"):
+            release(pins)
+            self.held.keep(request_id, g.session)
+        else:
+            self.driver.cancel(request_id, then=lambda: release(pins))  # no-op for one that ended by itself
         if not self._live:
             self._idle.set()
         self._counters.requests.labels(reason).inc()
         g.span.end(error=code, reason=reason, prefill=g.prefill, num_generated_tokens=g.num_generated)
         self.plugins.observe(
             "on_request_finished", request_id=request_id, finish_reason=reason,
-            num_prompt_tokens=len(g.request.token_ids), num_generated_tokens=g.num_generated,
+            num_prompt_tokens=g.num_prompt, num_generated_tokens=g.num_generated,
         )
         log.info(
-            "decode.finished", request_id=request_id, reason=reason, code=code, prefill=g.prefill, num_prompt_tokens=len(g.request.token_ids),
+            "decode.finished", request_id=request_id, reason=reason, code=code, prefill=g.prefill, num_prompt_tokens=g.num_prompt,
             num_generated_tokens=g.num_generated, total_ms=round(1000 * (time.monotonic() - g.started_s), 1),
         )
 

@@ -21,6 +21,7 @@ from plugmesh.wire import layout_to_pb
 from plugmesh_decode.config import Settings
 from plugmesh_decode.events import MAX_IDS, KvEvents
 from plugmesh_decode.generate import Generator
+from plugmesh_decode.primitives import score, tap
 from plugmesh_decode.session import Session
 from plugmesh_engine import EngineConfig, EnginePlugins, EngineStats, build_engine, weight_format
 from plugmesh_engine.fetch import fetch_manifest
@@ -69,6 +70,9 @@ class Counters:
     pending: prometheus_client.Gauge
     drafts: prometheus_client.Gauge
     draft_errors: prometheus_client.Gauge
+    held: prometheus_client.Gauge
+    forks: prometheus_client.Gauge
+    scored: prometheus_client.Gauge
 
     @classmethod
     def make(cls, metrics: Metrics) -> Counters:
@@ -84,6 +88,9 @@ class Counters:
             pending=metrics.gauge("engine_pending_tokens", "Prompt tokens to compute plus tokens to generate"),
             drafts=metrics.gauge("engine_draft_tokens", "Drafted tokens since the start, by what became of them", ("outcome",)),
             draft_errors=metrics.gauge("engine_draft_errors", "Steps without drafts since the start because the draft method failed"),
+            held=metrics.gauge("engine_held_sequences", "Finished sequences that are held to fork from"),
+            forks=metrics.gauge("engine_forks", "Requests since the start that went on from another one's sequence"),
+            scored=metrics.gauge("engine_scored_tokens", "Given tokens since the start whose log-probabilities were told"),
         )
 
     def show(self, stats: EngineStats) -> None:
@@ -98,6 +105,9 @@ class Counters:
         self.drafts.labels("accepted").set(stats.num_draft_tokens_accepted)
         self.drafts.labels("rejected").set(stats.num_draft_tokens - stats.num_draft_tokens_accepted)
         self.draft_errors.set(stats.num_draft_errors)
+        self.held.set(stats.num_held)
+        self.forks.set(stats.num_forks)
+        self.scored.set(stats.num_scored_tokens)
 
 
 class DecodeService(rpc.DecodeServicer):
@@ -139,7 +149,7 @@ class DecodeService(rpc.DecodeServicer):
             executor=settings.executor, dtype=settings.dtype, kv_dtype=settings.kv_dtype, device=settings.device, num_blocks=settings.num_kv_blocks,
             max_num_sequences=settings.max_num_sequences, max_tokens_per_step=settings.max_tokens_per_step, max_model_len=settings.max_model_len,
             max_waiting=settings.max_waiting, prefix_cache=settings.prefix_cache, num_threads=settings.num_threads,
-            max_draft_tokens=settings.max_draft_tokens,
+            max_draft_tokens=settings.max_draft_tokens, max_held=settings.max_held_sequences,
         )
 
     def bindings(self) -> Sequence[Binding]:
@@ -159,6 +169,7 @@ class DecodeService(rpc.DecodeServicer):
         generator = getattr(self, "generator", None)
         if generator is not None:
             await self.kv_events.close()
+            generator.held.close()
             generator.remote.close()
             await generator.driver.stop()
             self._engine.close()
@@ -168,7 +179,7 @@ class DecodeService(rpc.DecodeServicer):
     # The wire
 
     async def Generate(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> AsyncIterator[pb.TokenFrame]:
-        session = Session(self._settings.max_session_rows)  # all through `frames`, which sees the last row
+        session = Session(self._settings.max_session_rows, comes_back=False)  # all through `frames`, which sees the last row
         self._sessions.add(session)
         self.generator.begin(request, session)
         try:
@@ -187,10 +198,13 @@ class DecodeService(rpc.DecodeServicer):
 
         async def read() -> None:
             async for command in request_iterator:
-                if command.WhichOneof("command") == "submit":
-                    self.generator.begin(command.submit, session)
-                else:
-                    self.generator.cancel(session, command.cancel)
+                match command.WhichOneof("command"):
+                    case "submit":
+                        self.generator.begin(command.submit, session)
+                    case "cancel":
+                        self.generator.cancel(session, command.cancel)
+                    case "release":
+                        await self.generator.release(command.release.request_id)
             session.close()
 
         reader = asyncio.create_task(read())
@@ -215,6 +229,17 @@ class DecodeService(rpc.DecodeServicer):
             weight_version=self._manifest.version, model=self._manifest.model, max_model_len=self._engine.max_model_len,
             layout=layout_to_pb(self._engine.layout),
         )
+
+    async def Score(self, request: pb.ScoreRequest, context: grpc.aio.ServicerContext) -> AsyncIterator[pb.TokenFrame]:
+        async for frame in score(self.generator, self._settings, request):
+            yield frame
+
+    async def Tap(self, request: pb.TapRequest, context: grpc.aio.ServicerContext) -> AsyncIterator[pb.TapFrame]:
+        async for frame in tap(self.generator, self._settings, request, self._engine.model.config.hidden_size):
+            yield frame
+
+    async def ReleaseHold(self, request: pb.ReleaseHoldRequest, context: grpc.aio.ServicerContext) -> pb.ReleaseHoldReply:
+        return pb.ReleaseHoldReply(released=await self.generator.release(request.request_id))
 
     async def KvSnapshot(self, request: kvstore_pb2.SnapshotRequest, context: grpc.aio.ServicerContext) -> AsyncIterator[kvstore_pb2.SnapshotPage]:
         sequence, ids = 0, list[bytes]()

@@ -18,11 +18,13 @@ class Session:
     Not thread-safe: everything runs in the service's event loop.
 
     Args:
+        comes_back: It carries many requests, so what it holds is of no use to anybody once it has ended.
         send_at_once: Sends a frame before it returns, or says False when it cannot; then the frame goes by `frames`.
     """
 
-    def __init__(self, max_rows: int, send_at_once: Callable[[pb.TokenFrame], bool] | None = None) -> None:
+    def __init__(self, max_rows: int, send_at_once: Callable[[pb.TokenFrame], bool] | None = None, *, comes_back: bool = True) -> None:
         self.request_ids: set[str] = set()
+        self.comes_back = comes_back
         self._frames: collections.deque[pb.TokenFrame] = collections.deque()
         self._num_rows = 0
         self._max_rows = max_rows
@@ -58,6 +60,12 @@ class Session:
         else:
             self._frames.append(frame)
         self._ready.set()
+
+    def wake(self) -> None:
+        """Has `frames` give an empty frame, for a reader with something else to fetch."""
+        if not self._closed and not self._frames:
+            self._frames.append(pb.TokenFrame())
+            self._ready.set()
 
     def close(self, error: PlugmeshError | None = None) -> None:
         """Ends `frames` after what is queued; with an error, at once."""

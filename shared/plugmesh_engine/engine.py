@@ -147,6 +147,13 @@ class Engine:
         self._num_forks += 1
         return n
 
+    def num_tokens_of(self, request_id: str, sequence: int) -> int:
+        """Tokens, prompt included, of a sequence that could be forked from now. Raises NotFound."""
+        origin = self._origin(request_id, sequence)
+        if origin is None:
+            raise NotFound(f"sequence {sequence} of request {request_id!r} neither runs nor is held")
+        return len(origin.tokens)
+
     def _origin(self, request_id: str, sequence: int) -> Origin | None:
         held = self._holds.find(request_id, sequence)
         if held is not None or request_id not in self._groups:

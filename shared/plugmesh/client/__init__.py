@@ -4,11 +4,13 @@
         for event in client.generate(messages=[{"role": "user", "content": "Hello"}], max_tokens=64):
             print(event.text, end="")
 
-`AsyncClient` has the same methods, to be awaited or iterated asynchronously. Every failure is a `plugmesh.errors` class.
+`AsyncClient` has the same methods, to be awaited or iterated asynchronously. `DecodeClient` speaks to a decode instance in token ids and adds fork,
+score and tap. Every failure is a `plugmesh.errors` class.
 """
 
 from plugmesh.client.aio import AsyncClient
+from plugmesh.client.decode import DecodeClient, Generated, HiddenStates, Origin, Score
 from plugmesh.client.messages import Choice, Completion, Event, ServedModel
 from plugmesh.client.sync import Client
 
-__all__ = ["AsyncClient", "Choice", "Client", "Completion", "Event", "ServedModel"]
+__all__ = ["AsyncClient", "Choice", "Client", "Completion", "DecodeClient", "Event", "Generated", "HiddenStates", "Origin", "Score", "ServedModel"]

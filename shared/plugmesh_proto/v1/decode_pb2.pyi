@@ -11,7 +11,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "model", "token_ids", "sampling", "priority", "deadline_unix_s", "prefill_mode", "resume", "no_prefix_cache", "trace", "prefill_instance")
+    __slots__ = ("request_id", "model", "token_ids", "sampling", "priority", "deadline_unix_s", "prefill_mode", "resume", "no_prefix_cache", "trace", "prefill_instance", "fork", "hold", "max_total_tokens")
     class PrefillMode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         PREFILL_AUTO: _ClassVar[GenerateRequest.PrefillMode]
@@ -38,6 +38,9 @@ class GenerateRequest(_message.Message):
     NO_PREFIX_CACHE_FIELD_NUMBER: _ClassVar[int]
     TRACE_FIELD_NUMBER: _ClassVar[int]
     PREFILL_INSTANCE_FIELD_NUMBER: _ClassVar[int]
+    FORK_FIELD_NUMBER: _ClassVar[int]
+    HOLD_FIELD_NUMBER: _ClassVar[int]
+    MAX_TOTAL_TOKENS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     model: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -49,7 +52,92 @@ class GenerateRequest(_message.Message):
     no_prefix_cache: bool
     trace: _containers.ScalarMap[str, str]
     prefill_instance: str
-    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., priority: _Optional[int] = ..., deadline_unix_s: _Optional[float] = ..., prefill_mode: _Optional[_Union[GenerateRequest.PrefillMode, str]] = ..., resume: _Optional[_Iterable[_Union[GeneratedPrefix, _Mapping]]] = ..., no_prefix_cache: _Optional[bool] = ..., trace: _Optional[_Mapping[str, str]] = ..., prefill_instance: _Optional[str] = ...) -> None: ...
+    fork: ForkPoint
+    hold: bool
+    max_total_tokens: int
+    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., priority: _Optional[int] = ..., deadline_unix_s: _Optional[float] = ..., prefill_mode: _Optional[_Union[GenerateRequest.PrefillMode, str]] = ..., resume: _Optional[_Iterable[_Union[GeneratedPrefix, _Mapping]]] = ..., no_prefix_cache: _Optional[bool] = ..., trace: _Optional[_Mapping[str, str]] = ..., prefill_instance: _Optional[str] = ..., fork: _Optional[_Union[ForkPoint, _Mapping]] = ..., hold: _Optional[bool] = ..., max_total_tokens: _Optional[int] = ...) -> None: ...
+
+class ForkPoint(_message.Message):
+    __slots__ = ("request_id", "sequence", "num_tokens")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    sequence: int
+    num_tokens: int
+    def __init__(self, request_id: _Optional[str] = ..., sequence: _Optional[int] = ..., num_tokens: _Optional[int] = ...) -> None: ...
+
+class TokenList(_message.Message):
+    __slots__ = ("token_ids",)
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class ScoreRequest(_message.Message):
+    __slots__ = ("request_id", "model", "token_ids", "continuations", "top_logprobs", "priority", "deadline_unix_s", "no_prefix_cache", "fork")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    CONTINUATIONS_FIELD_NUMBER: _ClassVar[int]
+    TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    DEADLINE_UNIX_S_FIELD_NUMBER: _ClassVar[int]
+    NO_PREFIX_CACHE_FIELD_NUMBER: _ClassVar[int]
+    FORK_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    model: str
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    continuations: _containers.RepeatedCompositeFieldContainer[TokenList]
+    top_logprobs: int
+    priority: int
+    deadline_unix_s: float
+    no_prefix_cache: bool
+    fork: ForkPoint
+    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., continuations: _Optional[_Iterable[_Union[TokenList, _Mapping]]] = ..., top_logprobs: _Optional[int] = ..., priority: _Optional[int] = ..., deadline_unix_s: _Optional[float] = ..., no_prefix_cache: _Optional[bool] = ..., fork: _Optional[_Union[ForkPoint, _Mapping]] = ...) -> None: ...
+
+class TapRequest(_message.Message):
+    __slots__ = ("request_id", "model", "token_ids", "layers", "positions", "priority", "deadline_unix_s", "fork")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    POSITIONS_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    DEADLINE_UNIX_S_FIELD_NUMBER: _ClassVar[int]
+    FORK_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    model: str
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    layers: _containers.RepeatedScalarFieldContainer[int]
+    positions: _containers.RepeatedScalarFieldContainer[int]
+    priority: int
+    deadline_unix_s: float
+    fork: ForkPoint
+    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., layers: _Optional[_Iterable[int]] = ..., positions: _Optional[_Iterable[int]] = ..., priority: _Optional[int] = ..., deadline_unix_s: _Optional[float] = ..., fork: _Optional[_Union[ForkPoint, _Mapping]] = ...) -> None: ...
+
+class TapFrame(_message.Message):
+    __slots__ = ("layer", "positions", "values", "hidden_size")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    POSITIONS_FIELD_NUMBER: _ClassVar[int]
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    HIDDEN_SIZE_FIELD_NUMBER: _ClassVar[int]
+    layer: int
+    positions: _containers.RepeatedScalarFieldContainer[int]
+    values: bytes
+    hidden_size: int
+    def __init__(self, layer: _Optional[int] = ..., positions: _Optional[_Iterable[int]] = ..., values: _Optional[bytes] = ..., hidden_size: _Optional[int] = ...) -> None: ...
+
+class ReleaseHoldRequest(_message.Message):
+    __slots__ = ("request_id",)
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    def __init__(self, request_id: _Optional[str] = ...) -> None: ...
+
+class ReleaseHoldReply(_message.Message):
+    __slots__ = ("released",)
+    RELEASED_FIELD_NUMBER: _ClassVar[int]
+    released: bool
+    def __init__(self, released: _Optional[bool] = ...) -> None: ...
 
 class GeneratedPrefix(_message.Message):
     __slots__ = ("sequence", "token_ids", "finished")
@@ -62,12 +150,14 @@ class GeneratedPrefix(_message.Message):
     def __init__(self, sequence: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., finished: _Optional[bool] = ...) -> None: ...
 
 class DecodeCommand(_message.Message):
-    __slots__ = ("submit", "cancel")
+    __slots__ = ("submit", "cancel", "release")
     SUBMIT_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
+    RELEASE_FIELD_NUMBER: _ClassVar[int]
     submit: GenerateRequest
     cancel: CancelRequest
-    def __init__(self, submit: _Optional[_Union[GenerateRequest, _Mapping]] = ..., cancel: _Optional[_Union[CancelRequest, _Mapping]] = ...) -> None: ...
+    release: ReleaseHoldRequest
+    def __init__(self, submit: _Optional[_Union[GenerateRequest, _Mapping]] = ..., cancel: _Optional[_Union[CancelRequest, _Mapping]] = ..., release: _Optional[_Union[ReleaseHoldRequest, _Mapping]] = ...) -> None: ...
 
 class CancelRequest(_message.Message):
     __slots__ = ("request_id", "sequence", "one_sequence")

@@ -62,6 +62,21 @@ class DecodeStub:
                 request_serializer=plugmesh__proto_dot_v1_dot_kvstore__pb2.SnapshotRequest.SerializeToString,
                 response_deserializer=plugmesh__proto_dot_v1_dot_kvstore__pb2.SnapshotPage.FromString,
                 _registered_method=True)
+        self.Score = channel.unary_stream(
+                '/plugmesh_proto.v1.Decode/Score',
+                request_serializer=plugmesh__proto_dot_v1_dot_decode__pb2.ScoreRequest.SerializeToString,
+                response_deserializer=plugmesh__proto_dot_v1_dot_decode__pb2.TokenFrame.FromString,
+                _registered_method=True)
+        self.Tap = channel.unary_stream(
+                '/plugmesh_proto.v1.Decode/Tap',
+                request_serializer=plugmesh__proto_dot_v1_dot_decode__pb2.TapRequest.SerializeToString,
+                response_deserializer=plugmesh__proto_dot_v1_dot_decode__pb2.TapFrame.FromString,
+                _registered_method=True)
+        self.ReleaseHold = channel.unary_unary(
+                '/plugmesh_proto.v1.Decode/ReleaseHold',
+                request_serializer=plugmesh__proto_dot_v1_dot_decode__pb2.ReleaseHoldRequest.SerializeToString,
+                response_deserializer=plugmesh__proto_dot_v1_dot_decode__pb2.ReleaseHoldReply.FromString,
+                _registered_method=True)
 
 
 class DecodeServicer:
@@ -104,6 +119,28 @@ class DecodeServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Score(self, request, context):
+        """Log-probabilities of given continuations: a row's `sequence` is the index of its continuation, its tokens are that
+        one's. The prompt is computed once.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Tap(self, request, context):
+        """Hidden states of a prompt's tokens.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReleaseHold(self, request, context):
+        """Lets go of what a request with `hold` left, or will leave when it ends.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_DecodeServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -131,6 +168,21 @@ def add_DecodeServicer_to_server(servicer, server):
                     servicer.KvSnapshot,
                     request_deserializer=plugmesh__proto_dot_v1_dot_kvstore__pb2.SnapshotRequest.FromString,
                     response_serializer=plugmesh__proto_dot_v1_dot_kvstore__pb2.SnapshotPage.SerializeToString,
+            ),
+            'Score': grpc.unary_stream_rpc_method_handler(
+                    servicer.Score,
+                    request_deserializer=plugmesh__proto_dot_v1_dot_decode__pb2.ScoreRequest.FromString,
+                    response_serializer=plugmesh__proto_dot_v1_dot_decode__pb2.TokenFrame.SerializeToString,
+            ),
+            'Tap': grpc.unary_stream_rpc_method_handler(
+                    servicer.Tap,
+                    request_deserializer=plugmesh__proto_dot_v1_dot_decode__pb2.TapRequest.FromString,
+                    response_serializer=plugmesh__proto_dot_v1_dot_decode__pb2.TapFrame.SerializeToString,
+            ),
+            'ReleaseHold': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReleaseHold,
+                    request_deserializer=plugmesh__proto_dot_v1_dot_decode__pb2.ReleaseHoldRequest.FromString,
+                    response_serializer=plugmesh__proto_dot_v1_dot_decode__pb2.ReleaseHoldReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -269,6 +321,87 @@ class Decode:
             '/plugmesh_proto.v1.Decode/KvSnapshot',
             plugmesh__proto_dot_v1_dot_kvstore__pb2.SnapshotRequest.SerializeToString,
             plugmesh__proto_dot_v1_dot_kvstore__pb2.SnapshotPage.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Score(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/plugmesh_proto.v1.Decode/Score',
+            plugmesh__proto_dot_v1_dot_decode__pb2.ScoreRequest.SerializeToString,
+            plugmesh__proto_dot_v1_dot_decode__pb2.TokenFrame.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Tap(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/plugmesh_proto.v1.Decode/Tap',
+            plugmesh__proto_dot_v1_dot_decode__pb2.TapRequest.SerializeToString,
+            plugmesh__proto_dot_v1_dot_decode__pb2.TapFrame.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReleaseHold(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/plugmesh_proto.v1.Decode/ReleaseHold',
+            plugmesh__proto_dot_v1_dot_decode__pb2.ReleaseHoldRequest.SerializeToString,
+            plugmesh__proto_dot_v1_dot_decode__pb2.ReleaseHoldReply.FromString,
             options,
             channel_credentials,
             insecure,
