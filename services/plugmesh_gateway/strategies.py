@@ -215,14 +215,8 @@ class Api:
         batch: Generation | None = None
         try:
             # 1. As many as the ledger affords in full.
-            while len(grants) < n:
-                granted = self.ledger.reserve(params.max_tokens)
-                if granted:
-                    grants.append(granted)
-                if granted < params.max_tokens:
-                    break
-            if grants and grants[-1] < params.max_tokens:
-                self.ledger.settle(grants.pop(), 0)
+            while len(grants) < n and self.ledger.num_left >= params.max_tokens and (granted := self.ledger.reserve(params.max_tokens)):
+                grants.append(granted)
             if not grants:
                 return
             # 2. Places, as for any other request.

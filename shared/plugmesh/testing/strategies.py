@@ -75,12 +75,7 @@ class ReplayApi:
         running: dict[int, Script] = {}
         grants: dict[int, int] = {}
         counts: dict[int, int] = {}
-        while len(grants) < n:
-            granted = self.ledger.reserve(params.max_tokens)
-            if granted < params.max_tokens:
-                if granted:
-                    self.ledger.settle(granted, 0)
-                break
+        while len(grants) < n and self.ledger.num_left >= params.max_tokens and (granted := self.ledger.reserve(params.max_tokens)):
             child = len(self.samplings)
             self.samplings.append(params)
             grants[child], counts[child] = granted, 0

@@ -23,10 +23,11 @@ from plugmesh.testing.conformance.kv_hand_over import KvHandOverConformance
 from plugmesh.testing.conformance.prefill_policy import PrefillPolicyConformance
 from plugmesh.testing.conformance.router import RouterConformance
 from plugmesh.testing.conformance.scheduler import SchedulerConformance
+from plugmesh.testing.conformance.strategy import StrategyConformance
 
 __all__ = [
     "CardConformance", "DraftConformance", "KvHandOverConformance", "PrefillPolicyConformance", "RecordConformance", "RouterConformance",
-    "SchedulerConformance", "suites",
+    "SchedulerConformance", "StrategyConformance", "suites",
 ]  # fmt: skip
 
 
