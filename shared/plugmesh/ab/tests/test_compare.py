@@ -79,8 +79,9 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
 
 
 @pytest.mark.model
+@pytest.mark.slow
 def test_a_plugin_that_changes_output_though_its_card_says_exact_is_found_out_and_its_metric_is_measured(make_plugin, setting: Setting) -> None:
-    """The card switches the KV to int8, which changes logits but hardly any likeliest token; a metric that raises costs only itself."""
+    """The card switches the KV to int8, which changes logits but seldom the likeliest token; seeded samples show it."""
     slug = make_plugin("liar", services='kv_dtype = "int8"')
     options = Options(is_quick=False, parts=("quality",), tiers=("engine",), metrics=("story",), reference=False)
     told = run(subject_of([slug]), setting, options)
@@ -93,17 +94,15 @@ def test_a_plugin_that_changes_output_though_its_card_says_exact_is_found_out_an
 
 
 @pytest.mark.model
-@pytest.mark.slow
 def test_a_metric_that_raises_is_reported_and_the_others_are_measured(make_plugin, setting: Setting) -> None:
     slug = make_plugin("broken", raises=True)
-    options = Options(is_quick=True, parts=("quality", "memory", "speed"), tiers=("engine",), metrics=("story", "greedy"), workloads=("decode_1",), reference=False)
+    options = Options(is_quick=True, parts=("quality", "memory"), tiers=("engine",), metrics=("story", "greedy"), reference=False)
     told = run(subject_of([slug]), setting, options)
 
     assert [(f["where"], f["side"], f["reason"]) for f in told["failures"]] == [(("story"), s, "the engine refuses: RuntimeError: no such thing") for s in ("without", "with")]
     assert [q["metric"] for q in told["quality"]] == ["greedy"]
     assert told["holds"]
     assert told["memory"]["ratios"]["pss"] > 0.5
-    assert [r["workload"] for r in told["speed"]] == ["decode_1"]
 
 
 @pytest.mark.model
