@@ -31,19 +31,22 @@ class RowSink(Protocol):
 class DecodeLinks:
     """Sessions to decode instances, opened when first used.
 
-    `on_frame()` is called after the rows of each frame were handed out.
+    `before_frame()` and `on_frame()` are called before and after the rows of each frame are handed out.
 
     Args:
         stall_s: Without a frame and without an answer to Status for so long, an instance with work is given up.
         hang_s: It answers and has running sequences, but its step counter stands still for so long: given up, too.
     """
 
-    def __init__(self, mesh: Mesh, *, stall_s: float, hang_s: float, on_frame: Callable[[], None]) -> None:
+    def __init__(
+        self, mesh: Mesh, *, stall_s: float, hang_s: float, on_frame: Callable[[], None], before_frame: Callable[[], None] = lambda: None
+    ) -> None:
         self.mesh = mesh
         self.peers = Peers(mesh, "decode", self._on_gone)
         self.stall_s = stall_s
         self.hang_s = hang_s
         self._on_frame = on_frame
+        self._before_frame = before_frame
         self._links: dict[str, Link] = {}
         self._sinks: dict[Link, dict[str, RowSink]] = {}
         self._probes: dict[Link, asyncio.Task[None]] = {}
@@ -112,14 +115,18 @@ class DecodeLinks:
         if sinks is None:
             return
         self.peers.trust(link.info)
-        for row in frame.rows:
-            sink = sinks.get(row.request_id)
-            if sink is None:
-                continue  # cancelled or migrated: its late rows mean nothing
-            if row.request_done:
-                del sinks[row.request_id]
-            sink.on_row(row)
-        self._on_frame()
+        self._before_frame()
+        try:
+            for row in frame.rows:
+                request_id = row.request_id
+                sink = sinks.get(request_id)
+                if sink is None:
+                    continue  # cancelled or migrated: its late rows mean nothing
+                if row.request_done:
+                    del sinks[request_id]
+                sink.on_row(row)
+        finally:
+            self._on_frame()
 
     def _on_lost(self, link: Link, error: PlugmeshError) -> None:
         self._give_up(link, "lost", error)

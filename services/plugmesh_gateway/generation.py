@@ -76,17 +76,22 @@ class Engine:
 
 
 class Outbox:
-    """Generations with new events for a reader that takes them on the spot; all of one turn of the loop go together."""
+    """Generations with new events for a reader that takes them on the spot; all of one turn of the loop, or of one frame, go together.
+
+    While `is_held`, they go at the next `flush`.
+    """
 
     def __init__(self) -> None:
+        self.is_held = False
         self._waiting: dict[Generation, None] = {}
 
     def add(self, generation: Generation) -> None:
-        if not self._waiting:
-            asyncio.get_running_loop().call_soon(self._deliver)
+        if not self._waiting and not self.is_held:
+            asyncio.get_running_loop().call_soon(self.flush)
         self._waiting[generation] = None
 
-    def _deliver(self) -> None:
+    def flush(self) -> None:
+        self.is_held = False
         waiting, self._waiting = self._waiting, {}
         for generation in waiting:
             generation.deliver()

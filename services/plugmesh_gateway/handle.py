@@ -57,7 +57,8 @@ class Gateway:
         self.admissions = Admissions.choose(plugins, self.admission)
         self.strategies = Strategies.load(plugins, settings.default_strategy)
         self.texts = TextLinks(mesh, stall_s=settings.stall_s)
-        self.decode = DecodeLinks(mesh, stall_s=settings.stall_s, hang_s=settings.hang_s, on_frame=self._on_frame)
+        self.decode = DecodeLinks(
+            mesh, stall_s=settings.stall_s, hang_s=settings.hang_s, on_frame=self._on_frame, before_frame=self._before_frame)
         self.models = Models(mesh, self.decode.peers, default_model)
         self.tokenizers = Tokenizers(mesh, self.texts.peers)
         self.vocabularies = Vocabularies(mesh, self.texts.peers, is_enabled=settings.detokenize == "local")
@@ -230,7 +231,13 @@ class Gateway:
                 texts.append(await self.tokenizers.decode(model, prompt.token_ids, deadline))
         return tuple(texts)
 
+    def _before_frame(self) -> None:
+        self.engine.local_texts.is_held = self.engine.outbox.is_held = True
+
     def _on_frame(self) -> None:
+        """From rows to bytes on the clients' connections, all in the turn of the loop that read the frame."""
+        self.engine.local_texts.flush()
+        self.engine.outbox.flush()
         self.metrics.frames.inc()
         self.texts.flush()
 

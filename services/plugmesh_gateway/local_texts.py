@@ -38,9 +38,13 @@ class LocalSequence:
 
 
 class LocalTexts:
-    """Texts come in the next turn of the loop, as from a tokenizer instance: never while the caller is in the middle of a row."""
+    """Texts come after the caller's turn, as from a tokenizer instance: never while it is in the middle of a row.
+
+    While `is_held`, at the next `flush`: whoever hands out the rows of a frame calls it at the end and saves a turn of the loop.
+    """
 
     def __init__(self) -> None:
+        self.is_held = False
         self._pending: list[tuple[LocalSequence, Seq[int], bool]] = []
         self.num_sequences = 0
 
@@ -49,8 +53,8 @@ class LocalTexts:
         return LocalSequence(StreamingText(table, stops=stop), sink)
 
     def add(self, sequence: LocalSequence, token_ids: Seq[int], is_final: bool) -> None:
-        if not self._pending:
-            asyncio.get_running_loop().call_soon(self._run)
+        if not self._pending and not self.is_held:
+            asyncio.get_running_loop().call_soon(self.flush)
         self._pending.append((sequence, token_ids, is_final))
 
     def close(self, sequence: LocalSequence) -> None:
@@ -59,7 +63,9 @@ class LocalTexts:
             sequence.is_open = False
             self.num_sequences -= 1
 
-    def _run(self) -> None:
+    def flush(self) -> None:
+        """Gives out the texts of everything added so far."""
+        self.is_held = False
         pending, self._pending = self._pending, []
         for sequence, token_ids, is_final in pending:
             if not sequence.is_open:
@@ -67,11 +73,11 @@ class LocalTexts:
             stream = sequence.stream
             try:
                 text = stream.push(token_ids, is_final=is_final)
-            except PlugmeshError as e:
+                stopped = stream.stop_string is not None
+                if stopped or is_final:
+                    self.close(sequence)
+                sequence.sink.on_text(Text(text, stream.num_tokens, stopped, stopped or is_final))
+            except Exception as e:  # the other sequences of the frame have nothing to do with it
                 self.close(sequence)
-                sequence.sink.on_text(Text("", stream.num_tokens, False, True, f"{e.code}: {e.message}"))
-                continue
-            stopped = stream.stop_string is not None
-            if stopped or is_final:
-                self.close(sequence)
-            sequence.sink.on_text(Text(text, stream.num_tokens, stopped, stopped or is_final))
+                error = f"{e.code}: {e.message}" if isinstance(e, PlugmeshError) else type(e).__name__
+                sequence.sink.on_text(Text("", stream.num_tokens, False, True, error))
