@@ -18,6 +18,7 @@ from .handle import Gateway
 from .keys import KeyRing
 from .parse import check_priority, trace_of
 from .request import ChatPrompt, Message, Prompt, TextPrompt, TokenPrompt, Wanted, check_request_id, new_request_id
+from .score import ScoreWanted, score
 from .strategies import choice_of_json
 
 log = structlog.get_logger()
@@ -73,6 +74,46 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             if generation is not None:
                 generation.cancel()
 
+    async def Score(self, request: inference_pb2.InferenceScoreRequest, context: Any) -> inference_pb2.InferenceScores:
+        try:
+            wanted = self._score_wanted(request, context)
+            scored = await score(self.gateway, wanted)
+        except PlugmeshError as e:
+            raise _public(e) from None
+        return inference_pb2.InferenceScores(
+            request_id=wanted.request_id, model=scored.model, usage=scored.usage,
+            scores=[inference_pb2.ContinuationScore(tokens=tokens, logprob=sum(t.logprob for t in tokens)) for tokens in scored.tokens])
+
+    def _score_wanted(self, request: inference_pb2.InferenceScoreRequest, context: Any) -> ScoreWanted:
+        """Raises Unauthenticated, PermissionDenied, InvalidRequest."""
+        client = self.keys.check(_metadata(context, "authorization"), "inference")
+        check_priority(request.priority)
+        if not 0 <= request.top_logprobs <= 20:
+            raise InvalidRequest("top_logprobs must be between 0 and 20", param="top_logprobs")
+        continuations: list[TextPrompt | TokenPrompt] = []
+        for c in request.continuations:
+            continuations.append(TextPrompt(c.text) if c.WhichOneof("what") == "text" else TokenPrompt(tuple(c.tokens.token_ids)))
+        left = context.time_remaining() if hasattr(context, "time_remaining") else None
+        return ScoreWanted(
+            request_id=check_request_id(request.request_id) if request.request_id else new_request_id(), model=request.model,
+            prompt=self._prompt(request), continuations=tuple(continuations), top_logprobs=request.top_logprobs, priority=request.priority,
+            client=client, timeout_s=max(left, 0.001) if left is not None else 0.0)
+
+    def _prompt(self, request: inference_pb2.InferenceRequest | inference_pb2.InferenceScoreRequest) -> Prompt:
+        kind = request.WhichOneof("prompt")
+        if kind == "text":
+            return TextPrompt(request.text)
+        if kind == "tokens":
+            return TokenPrompt(tuple(request.tokens.token_ids))
+        if kind != "chat":
+            raise InvalidRequest("one of text, chat, tokens must be set", param="prompt")
+        check_counts(num_messages=len(request.chat.messages), limits=self.gateway.limits)
+        if not request.chat.messages:
+            raise InvalidRequest("messages must not be empty", param="messages")
+        if request.chat.tools_json:
+            raise InvalidRequest("tools are unsupported until this mesh has a grammar service", param="tools_json")
+        return ChatPrompt(tuple(Message(m.role, m.content, m.name, m.extra_json) for m in request.chat.messages), request.chat.template_kwargs_json)
+
     async def ListModels(self, request: inference_pb2.ListServedModelsRequest, context: Any) -> inference_pb2.ListServedModelsReply:
         self.keys.check(_metadata(context, "authorization"), "models")
         return inference_pb2.ListServedModelsReply(models=[
@@ -88,25 +129,10 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         check_sampling(sampling, limits)
         check_stop(request.stop, limits)
         check_priority(request.priority)
-        kind = request.WhichOneof("prompt")
+        prompt = self._prompt(request)
         max_tokens: int | None = sampling.max_tokens
-        prompt: Prompt
-        if kind == "text":
-            prompt = TextPrompt(request.text)
-        elif kind == "tokens":
-            prompt = TokenPrompt(tuple(request.tokens.token_ids))
-        elif kind == "chat":
-            check_counts(num_messages=len(request.chat.messages), limits=limits)
-            if not request.chat.messages:
-                raise InvalidRequest("messages must not be empty", param="messages")
-            if request.chat.tools_json:
-                raise InvalidRequest("tools are unsupported until this mesh has a grammar service", param="tools_json")
-            prompt = ChatPrompt(
-                tuple(Message(m.role, m.content, m.name, m.extra_json) for m in request.chat.messages), request.chat.template_kwargs_json)
-            if not request.sampling.max_tokens:
-                max_tokens = None  # as over HTTP: what the context leaves
-        else:
-            raise InvalidRequest("one of text, chat, tokens must be set", param="prompt")
+        if isinstance(prompt, ChatPrompt) and not request.sampling.max_tokens:
+            max_tokens = None  # as over HTTP: what the context leaves
         left = context.time_remaining() if hasattr(context, "time_remaining") else None
         return Wanted(
             request_id=request_id, route="grpc", model=request.model, prompts=(prompt,), sampling=sampling, max_tokens=max_tokens,

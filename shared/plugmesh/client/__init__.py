@@ -9,8 +9,8 @@ score and tap. Every failure is a `plugmesh.errors` class.
 """
 
 from plugmesh.client.aio import AsyncClient
-from plugmesh.client.decode import DecodeClient, Generated, HiddenStates, Origin, Score
-from plugmesh.client.messages import Choice, Completion, Event, ServedModel
+from plugmesh.client.decode import DecodeClient, Generated, HiddenStates, Origin
+from plugmesh.client.messages import Choice, Completion, Event, Score, ServedModel
 from plugmesh.client.sync import Client
 
 __all__ = ["AsyncClient", "Choice", "Client", "Completion", "DecodeClient", "Event", "Generated", "HiddenStates", "Origin", "Score", "ServedModel"]

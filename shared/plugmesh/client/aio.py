@@ -11,12 +11,15 @@ from plugmesh.client.messages import (
     Completion,
     Event,
     Prompt,
+    Score,
     ServedModel,
     completion_from_pb,
     event_from_pb,
     metadata_of,
     models_from_pb,
     request_to_pb,
+    score_to_pb,
+    scores_from_pb,
 )
 from plugmesh.wire import error_from_rpc
 from plugmesh_proto.v1 import inference_pb2, inference_pb2_grpc
@@ -72,6 +75,24 @@ class AsyncClient:
         except grpc.RpcError as e:
             raise error_from_rpc(e) from None
         return completion_from_pb(reply)
+
+    async def score(
+        self, prompt: Prompt | None, continuations: Sequence[Prompt], *, messages: Sequence[Mapping[str, Any]] | None = None, model: str = "",
+        top_logprobs: int = 0, priority: int = 0, request_id: str = "", timeout_s: float | None = None,
+    ) -> list[Score]:
+        """How likely the model finds each continuation of a prompt; nothing is generated, and the prompt is computed once.
+
+        Args:
+            prompt: Text or token ids; or `messages` for a chat.
+            continuations: Text or token ids each. Text behind a text prompt is tokenized together with it.
+            top_logprobs: Alternatives to each token, at most 20; `Score.is_greedy` needs one.
+        """
+        request = score_to_pb(prompt, messages, continuations, model=model, top_logprobs=top_logprobs, priority=priority, request_id=request_id)
+        try:
+            reply = await self._stub.Score(request, timeout=self._timeout_s if timeout_s is None else timeout_s, metadata=self._metadata)
+        except grpc.RpcError as e:
+            raise error_from_rpc(e) from None
+        return scores_from_pb(reply)
 
     async def models(self) -> list[ServedModel]:
         """Models that the mesh answers with, the default one first."""

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
+from plugmesh.client.messages import Score
 from plugmesh.errors import DataLoss, InvalidRequest
 from plugmesh.types import FinishReason, SamplingParams, TokenInfo, Usage
 from plugmesh.wire import error_from_pb, error_from_rpc, finish_from_pb, sampling_to_pb, token_from_pb, usage_from_pb
@@ -39,23 +40,6 @@ class Generated:
 
     def token_ids(self, sequence: int = 0) -> list[int]:
         return [t.token_id for t in self.sequences[sequence]]
-
-
-@dataclass(frozen=True, slots=True)
-class Score:
-    """One continuation: its tokens with the log-probability that the model gives each of them after what is before it."""
-
-    tokens: tuple[TokenInfo, ...]
-
-    @property
-    def logprob(self) -> float:
-        """Of the whole continuation."""
-        return sum(t.logprob for t in self.tokens)
-
-    @property
-    def is_greedy(self) -> bool:
-        """Whether every token was the most likely one; needs `top_logprobs` of 1 or more."""
-        return all(t.top and t.top[0][0] == t.token_id for t in self.tokens)
 
 
 @dataclass(frozen=True, slots=True)

@@ -66,6 +66,23 @@ class ServedModel:
     is_default: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Score:
+    """One continuation: its tokens with the log-probability that the model gives each of them after what is before it."""
+
+    tokens: tuple[TokenInfo, ...]
+
+    @property
+    def logprob(self) -> float:
+        """Of the whole continuation."""
+        return sum(t.logprob for t in self.tokens)
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether every token was the most likely one; needs `top_logprobs` of 1 or more."""
+        return all(t.top and t.top[0][0] == t.token_id for t in self.tokens)
+
+
 def request_to_pb(
     prompt: Prompt | None, messages: Sequence[Mapping[str, Any]] | None, *, model: str, stop: str | Sequence[str], priority: int,
     request_id: str, sampling: Mapping[str, Any],
@@ -99,6 +116,32 @@ def request_to_pb(
     except (TypeError, ValueError, KeyError, AttributeError) as e:
         raise InvalidRequest(f"the request is malformed: {type(e).__name__}: {e}") from e
     return out
+
+
+def score_to_pb(
+    prompt: Prompt | None, messages: Sequence[Mapping[str, Any]] | None, continuations: Sequence[Prompt], *, model: str, top_logprobs: int, priority: int,
+    request_id: str,
+) -> inference_pb2.InferenceScoreRequest:
+    """Raises InvalidRequest as `request_to_pb` does."""
+    base = request_to_pb(prompt, messages, model=model, stop=(), priority=priority, request_id=request_id, sampling={})
+    out = inference_pb2.InferenceScoreRequest(request_id=request_id, model=model, priority=priority, top_logprobs=top_logprobs)
+    kind = base.WhichOneof("prompt")
+    if kind == "text":
+        out.text = base.text
+    elif kind == "chat":
+        out.chat.CopyFrom(base.chat)
+    else:
+        out.tokens.CopyFrom(base.tokens)
+    for c in continuations:
+        if isinstance(c, str):
+            out.continuations.add(text=c)
+        else:
+            out.continuations.add().tokens.token_ids.extend(c)
+    return out
+
+
+def scores_from_pb(m: inference_pb2.InferenceScores) -> list[Score]:
+    return [Score(tuple(map(token_from_pb, s.tokens))) for s in m.scores]
 
 
 def event_from_pb(m: inference_pb2.InferenceEvent) -> Event:

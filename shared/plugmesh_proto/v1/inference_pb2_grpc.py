@@ -46,6 +46,11 @@ class InferenceStub:
                 request_serializer=plugmesh__proto_dot_v1_dot_inference__pb2.InferenceRequest.SerializeToString,
                 response_deserializer=plugmesh__proto_dot_v1_dot_inference__pb2.InferenceResult.FromString,
                 _registered_method=True)
+        self.Score = channel.unary_unary(
+                '/plugmesh_proto.v1.Inference/Score',
+                request_serializer=plugmesh__proto_dot_v1_dot_inference__pb2.InferenceScoreRequest.SerializeToString,
+                response_deserializer=plugmesh__proto_dot_v1_dot_inference__pb2.InferenceScores.FromString,
+                _registered_method=True)
         self.ListModels = channel.unary_unary(
                 '/plugmesh_proto.v1.Inference/ListModels',
                 request_serializer=plugmesh__proto_dot_v1_dot_inference__pb2.ListServedModelsRequest.SerializeToString,
@@ -70,6 +75,13 @@ class InferenceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Score(self, request, context):
+        """How likely given continuations of a prompt are; nothing is generated.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListModels(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -88,6 +100,11 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.Complete,
                     request_deserializer=plugmesh__proto_dot_v1_dot_inference__pb2.InferenceRequest.FromString,
                     response_serializer=plugmesh__proto_dot_v1_dot_inference__pb2.InferenceResult.SerializeToString,
+            ),
+            'Score': grpc.unary_unary_rpc_method_handler(
+                    servicer.Score,
+                    request_deserializer=plugmesh__proto_dot_v1_dot_inference__pb2.InferenceScoreRequest.FromString,
+                    response_serializer=plugmesh__proto_dot_v1_dot_inference__pb2.InferenceScores.SerializeToString,
             ),
             'ListModels': grpc.unary_unary_rpc_method_handler(
                     servicer.ListModels,
@@ -151,6 +168,33 @@ class Inference:
             '/plugmesh_proto.v1.Inference/Complete',
             plugmesh__proto_dot_v1_dot_inference__pb2.InferenceRequest.SerializeToString,
             plugmesh__proto_dot_v1_dot_inference__pb2.InferenceResult.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Score(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/plugmesh_proto.v1.Inference/Score',
+            plugmesh__proto_dot_v1_dot_inference__pb2.InferenceScoreRequest.SerializeToString,
+            plugmesh__proto_dot_v1_dot_inference__pb2.InferenceScores.FromString,
             options,
             channel_credentials,
             insecure,
