@@ -195,3 +195,55 @@ def write_packed(folder: pathlib.Path, source: WeightSource, record: WeightForma
             entries.append(FileTensor(t.name, t.dtype, tuple(t.shape), str(path), start, f.tell() - start, digest.hexdigest()))
     config = source.config
     return FileManifest(config.name, hashlib.sha256(config.to_json().encode()).hexdigest(), config.architecture, config.to_json(), tuple(entries), format)
+
+
+_PLUGIN = '''"""KV as rows of float16, matrices as int8 with a scale per row."""
+
+from plugmesh.config import StrictModel
+from plugmesh.hookspecs import hookimpl
+
+
+class Settings(StrictModel):
+    variant: str = ""
+
+
+@hookimpl
+def register_kv_codecs(context):
+    context.settings(Settings)
+    from plugmesh_engine.testing_plugins import half_rows
+
+    return [half_rows()]
+
+
+@hookimpl
+def register_weight_formats(context):
+    settings = context.settings(Settings)
+    from plugmesh_engine.testing_plugins import int8_rows
+
+    return [int8_rows(settings.variant)]
+'''
+_CARD = """slug = "rows"
+version = "0.1.0"
+summary = "KV as rows of float16, matrices as int8 with a scale per row"
+services = ["weightstore", "prefill", "decode"]
+hooks = ["register_kv_codecs", "register_weight_formats"]
+fidelity = "lossy"
+
+[settings]
+variant = "Packs anew when it changes"
+
+[loss]
+metric = "logit_kl"
+bound = 0.1
+setting = "random weights"
+"""
+
+
+def write_plugin(folder: pathlib.Path) -> pathlib.Path:
+    """A package `plugmesh_rows` that brings both through the real hooks, for tests that load plugins by name; gives the folder for the path."""
+    package = folder / "plugmesh_rows"
+    package.mkdir()
+    (package / "__init__.py").write_text('"""Rows."""\n')
+    (package / "plugin.py").write_text(_PLUGIN)
+    (package / "plugin.toml").write_text(_CARD)
+    return folder

@@ -19,15 +19,17 @@ import pathlib
 from plugmesh.testing.conformance.base import RecordConformance
 from plugmesh.testing.conformance.card import CardConformance
 from plugmesh.testing.conformance.draft import DraftConformance
+from plugmesh.testing.conformance.kv_codec import KvCodecConformance
 from plugmesh.testing.conformance.kv_hand_over import KvHandOverConformance
 from plugmesh.testing.conformance.prefill_policy import PrefillPolicyConformance
 from plugmesh.testing.conformance.router import RouterConformance
 from plugmesh.testing.conformance.scheduler import SchedulerConformance
 from plugmesh.testing.conformance.strategy import StrategyConformance
+from plugmesh.testing.conformance.weight_format import WeightFormatConformance
 
 __all__ = [
-    "CardConformance", "DraftConformance", "KvHandOverConformance", "PrefillPolicyConformance", "RecordConformance", "RouterConformance",
-    "SchedulerConformance", "StrategyConformance", "suites",
+    "CardConformance", "DraftConformance", "KvCodecConformance", "KvHandOverConformance", "PrefillPolicyConformance", "RecordConformance", "RouterConformance",
+    "SchedulerConformance", "StrategyConformance", "WeightFormatConformance", "suites",
 ]  # fmt: skip
 
 
