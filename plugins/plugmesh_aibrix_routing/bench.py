@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import collections
 import contextlib
 import itertools
 import json
@@ -26,6 +27,7 @@ import random
 import statistics
 import sys
 import tempfile
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
@@ -91,11 +93,14 @@ def gateway_of(cluster: Cluster, name: str, settings: Mapping[str, Any]) -> Iter
     Cluster(cluster.folder / name, config(settings, port))  # writes the file
     served = cluster.command("serve", "gateway", "--config", str(cluster.folder / name / "mesh.toml"))
 
+    assert served.stdout is not None
+    lines: collections.deque[bytes] = collections.deque(maxlen=40)
+    threading.Thread(target=lines.extend, args=(served.stdout,), daemon=True).start()  # a full pipe would stop the gateway
     state = ""
 
     def is_up() -> bool:
         nonlocal state
-        assert served.poll() is None, served.communicate()[0].decode()[-3000:]
+        assert served.poll() is None, b"".join(lines).decode()
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as response:
                 return int(response.status) == 200
@@ -108,7 +113,7 @@ def gateway_of(cluster: Cluster, name: str, settings: Mapping[str, Any]) -> Iter
         yield f"http://127.0.0.1:{port}"
     finally:
         served.terminate()
-        served.communicate(timeout=30)
+        served.wait(30)
 
 
 async def measure(url: str, conversations: list[Conversation], rate: float, seed: int) -> dict[str, Any]:

@@ -6,8 +6,7 @@ from typing import ClassVar
 
 import pytest
 
-from plugmesh.testing.conformance import CardConformance, RouterConformance
-from plugmesh.testing.conformance.admission import AdmissionConformance
+from plugmesh.testing.conformance import AdmissionConformance, CardConformance, RouterConformance
 
 
 class TestCard(CardConformance):

@@ -16,6 +16,7 @@ from __future__ import annotations
 import importlib
 import pathlib
 
+from plugmesh.testing.conformance.admission import AdmissionConformance
 from plugmesh.testing.conformance.base import RecordConformance
 from plugmesh.testing.conformance.card import CardConformance
 from plugmesh.testing.conformance.draft import DraftConformance
@@ -28,8 +29,8 @@ from plugmesh.testing.conformance.strategy import StrategyConformance
 from plugmesh.testing.conformance.weight_format import WeightFormatConformance
 
 __all__ = [
-    "CardConformance", "DraftConformance", "KvCodecConformance", "KvHandOverConformance", "PrefillPolicyConformance", "RecordConformance", "RouterConformance",
-    "SchedulerConformance", "StrategyConformance", "WeightFormatConformance", "suites",
+    "AdmissionConformance", "CardConformance", "DraftConformance", "KvCodecConformance", "KvHandOverConformance",
+    "PrefillPolicyConformance", "RecordConformance", "RouterConformance", "SchedulerConformance", "StrategyConformance", "WeightFormatConformance", "suites",
 ]  # fmt: skip
 
 
