@@ -233,7 +233,7 @@ class FakeModel:
     num_mapped_bytes: int = 0
     num_copied_bytes: int = 0
 
-    def build_executor(self, config: EngineConfig) -> FakeExecutor:
+    def build_executor(self, config: EngineConfig, kv_codec: object = None) -> FakeExecutor:
         return FakeExecutor(self.config, config.num_blocks, num_kinds=self.num_kinds, window=self.window)
 
 

@@ -227,6 +227,7 @@ version = "0.1.0"
 summary = "KV as rows of float16, matrices as int8 with a scale per row"
 services = ["weightstore", "prefill", "decode"]
 hooks = ["register_kv_codecs", "register_weight_formats"]
+provides = ["weight-format:int8-rows"]
 fidelity = "lossy"
 
 [settings]
