@@ -7,6 +7,7 @@ for. Runs are closed loops with the clock and the definitions of `plugmesh.bench
 from __future__ import annotations
 
 import argparse
+import asyncio
 import itertools
 import json
 import os
@@ -19,6 +20,8 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+import uvloop
+
 from plugmesh import cards, logs
 from plugmesh.config import MeshConfig
 from plugmesh.errors import FailedPrecondition, PlugmeshError
@@ -26,6 +29,7 @@ from plugmesh.host import PluginHost
 from plugmesh.types import SamplingParams
 from plugmesh_engine import Engine, EngineConfig, EnginePlugins, EngineRequest, build_engine
 from plugmesh_engine.config import resolve_executor, weight_format
+from plugmesh_engine.driven import run_driven
 
 
 @dataclass(slots=True)
@@ -179,7 +183,12 @@ def main() -> int:
     for line in sys.stdin:
         ask = json.loads(line)
         try:
-            answer = run_closed_loop(engine, ask["conversations"], ask["streams"], use_cache=ask.get("use_cache", True), want_tokens=ask.get("want_tokens", False))
+            how = {"use_cache": ask.get("use_cache", True), "want_tokens": ask.get("want_tokens", False)}
+            if ask.get("driven", False):
+                with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:  # the services' loop
+                    answer = runner.run(run_driven(engine, ask["conversations"], ask["streams"], **how))
+            else:
+                answer = run_closed_loop(engine, ask["conversations"], ask["streams"], **how)
         except PlugmeshError as e:  # a request that the engine refuses, such as one beyond the model's context
             answer = {"error": e.message}
         answers.write(json.dumps(answer) + "\n")

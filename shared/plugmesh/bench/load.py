@@ -75,6 +75,8 @@ async def _converse(
     sender: Sender, conversation: list[tuple[Call, bytes]], records: list[Record], on_record: OnRecord, due: float = float("nan")
 ) -> None:
     for call, body in conversation:
+        if call.pause_s:
+            await asyncio.sleep(call.pause_s)
         record = await sender.send(call, body, due)
         due = float("nan")  # only the first turn has a time of its own
         records.append(record)

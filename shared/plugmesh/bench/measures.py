@@ -13,7 +13,7 @@ from typing import Any
 
 from plugmesh.bench import workloads
 from plugmesh.bench.metrics import Spread, paired_ratio
-from plugmesh.bench.peers import BATCH, SINGLE, Profile
+from plugmesh.bench.peers import BATCH, DRIVEN, SINGLE, Profile
 from plugmesh.bench.workloads import Conversation, Shape
 
 PEER_NAMES = ("llama.cpp", "vllm", "transformers")
@@ -44,6 +44,10 @@ def _random(num: int, num_in: int, num_out: int, spread: float = 0.0) -> Callabl
     return lambda seed: workloads.random_prompts(Shape(num_conversations=num, num_in=num_in, num_out=num_out, spread=spread), seed)
 
 
+def _apart(build: Callable[[int], list[Conversation]], longest_s: float) -> Callable[[int], list[Conversation]]:
+    return lambda seed: workloads.with_pauses(build(seed), longest_s, seed)
+
+
 def _long(num: int, num_in: int, num_out: int) -> Callable[[int], list[Conversation]]:
     return lambda seed: workloads.long_context(Shape(num_conversations=num, num_in=num_in, num_out=num_out), seed)
 
@@ -67,8 +71,10 @@ MEASURES: dict[str, Measure] = {
         Measure("long_7000", "single stream at 7,000 tokens of context, 64 out", _long(1, 7000, 64), 1, SINGLE, max_rounds=5),
         # Several requests per stream and lengths that differ, so that requests come while others decode. With equal lengths all streams end in the same few
         # steps, and whether the next requests then come one step earlier or later decides who waits for whom: that moves TTFT by hundreds of milliseconds.
-        Measure("overhead_16", "16 streams, 64-192 in / 48-144 out, five requests each", _random(80, 128, 96, 0.5), 16, BATCH, _OURS),
-        Measure("overhead_1", "single requests, 128 in / 32 out", _random(8, 128, 32), 1, BATCH, _OURS),
+        # Pauses of 0 to 40 ms, longer than a step: a request that comes right after a step waits for nearly all of the next one, and whether it comes just
+        # before or just after that boundary would decide on more than the mesh costs.
+        Measure("overhead_16", "16 streams, 64-192 in / 48-144 out, five requests each", _apart(_random(80, 128, 96, 0.5), 0.04), 16, DRIVEN, _OURS),
+        Measure("overhead_1", "single requests, 128 in / 32 out", _apart(_random(8, 128, 32), 0.04), 1, DRIVEN, _OURS),
         Measure("prefix_shared", "32 requests in a row with a prefix of 1,000 tokens in common", _shared(32, 1000, 4), 1, SINGLE, _OURS, max_rounds=5),
         Measure("prefix_fresh", "the same without anything in common", _random(32, 1032, 4), 1, SINGLE, _OURS, use_cache=False, max_rounds=5),
     )

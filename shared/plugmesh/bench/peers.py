@@ -22,15 +22,20 @@ SERVED_NAME = "default"
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """What a server is to be good at in a measure: `max_streams` requests at once, of at most `max_len` tokens each."""
+    """What a server is to be good at in a measure: `max_streams` requests at once, of at most `max_len` tokens each.
+
+    With `is_driven` our engine in one process takes requests as a service does, through its driver's thread and while steps run.
+    """
 
     name: str
     max_streams: int
     max_len: int
+    is_driven: bool = False
 
 
 SINGLE = Profile("single", 1, 8192)
 BATCH = Profile("batch", 32, 512)
+DRIVEN = Profile("driven", 32, 512, is_driven=True)
 
 
 @dataclass(frozen=True, slots=True)

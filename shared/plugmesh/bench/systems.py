@@ -109,8 +109,8 @@ class EngineSystem:
         child = self._child
         assert child is not None
         ask = {
-            "conversations": [[{"prompt": c.prompt, "max_tokens": c.max_tokens} for c in conversation] for conversation in conversations],
-            "streams": streams, "use_cache": use_cache,
+            "conversations": [[{"prompt": c.prompt, "max_tokens": c.max_tokens, "pause_s": c.pause_s} for c in conversation] for conversation in conversations],
+            "streams": streams, "use_cache": use_cache, "driven": profile.is_driven,
         }  # fmt: skip
         child.resume()
         try:

@@ -17,10 +17,11 @@ TOKEN_IDS = range(1000, 40_000)  # ordinary words of most vocabularies; below th
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One request: a prompt and how many tokens to generate, exactly."""
+    """One request: a prompt and how many tokens to generate, exactly. Its caller waits `pause_s` before it sends it."""
 
     prompt: tuple[int, ...]
     max_tokens: int
+    pause_s: float = 0.0
 
 
 Conversation = tuple[Call, ...]
@@ -57,6 +58,12 @@ def random_prompts(shape: Shape, seed: int) -> list[Conversation]:
     return [
         (Call(_ids(rng, shape, _length(rng, shape.num_in, shape)), _length(rng, shape.num_out, shape)),) for _ in range(shape.num_conversations)
     ]
+
+
+def with_pauses(conversations: list[Conversation], longest_s: float, seed: int) -> list[Conversation]:
+    """The same calls, each after a pause between 0 and `longest_s`, so that they come at any moment of a step and not at its end."""
+    rng = random.Random(f"pauses {seed}")
+    return [tuple(Call(c.prompt, c.max_tokens, rng.uniform(0, longest_s)) for c in conversation) for conversation in conversations]
 
 
 def prefix_tree(shape: Shape, seed: int) -> list[Conversation]:
