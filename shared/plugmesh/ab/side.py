@@ -124,6 +124,9 @@ def main() -> int:
     except PlugmeshError as e:
         answers.write(json.dumps({"error": e.message}) + "\n")
         return 1
+    except Exception as e:  # of a plugin, perhaps; the log has the rest
+        answers.write(json.dumps({"error": f"{type(e).__name__}: {e}"}) + "\n")
+        raise
     answers.write(json.dumps({"ready": side.facts}) + "\n")
     for line in sys.stdin:
         try:
