@@ -158,7 +158,10 @@ def num_migrated(mesh: Cluster) -> float:
     return mesh.metric(mesh.instances("gateway")[0], "plugmesh_gateway_migrated_total")
 
 
-@pytest.mark.parametrize("role", ["decode", "tokenizer", "kvstore", "weightstore"])
+SLOW = pytest.mark.slow  # each takes about ten seconds; .ci/run runs them apart from the suite
+
+
+@pytest.mark.parametrize("role", ["decode", "tokenizer", pytest.param("kvstore", marks=SLOW), pytest.param("weightstore", marks=SLOW)])
 async def test_streams_survive_the_kill_of_an_instance(mesh, role):
     before = num_migrated(mesh)
     await disturb(mesh, lambda: mesh.kill(role), PROMPTS)
@@ -166,7 +169,7 @@ async def test_streams_survive_the_kill_of_an_instance(mesh, role):
     assert (num_migrated(mesh) > before) == (role == "decode")  # so the fault did hit running streams
 
 
-@pytest.mark.parametrize("role", ["decode", "tokenizer", "kvstore"])
+@pytest.mark.parametrize("role", ["decode", pytest.param("tokenizer", marks=SLOW), pytest.param("kvstore", marks=SLOW)])
 async def test_streams_survive_a_stopped_instance_and_its_awakening(mesh, role):
     """Longer than a lease: others take over, and what the sleeper still writes when it wakes changes nothing."""
     await disturb(mesh, lambda: pause(int(mesh.instances(role)[0]["pid"]), 7.0), PROMPTS)
