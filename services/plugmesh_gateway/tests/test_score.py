@@ -51,7 +51,7 @@ async def scoring(connect):
     decodes = [Scoring("a"), Scoring("b")]
     for d in decodes:
         await stack.mesh.add("decode", d, d.name)
-    yield stack, address, decodes
+    return stack, address, decodes
 
 
 async def test_text_and_ids_are_scored_in_order_and_nothing_stays(scoring):

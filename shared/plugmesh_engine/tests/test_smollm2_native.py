@@ -38,16 +38,17 @@ def reference(path: str) -> ReferenceLlama:
 @pytest.fixture(scope="module")
 def model(path: str, reference: ReferenceLlama) -> Any:
     """The GGUF's own blocks, packed; names as `read_gguf` gives them."""
-    from plugmesh_engine.executors.native import NativeModel, _Packed
+    from plugmesh_engine.executors.native import NativeModel
+    from plugmesh_engine.foreign import Packed
 
     tensors, shapes = {}, {name: w.shape for name, w in reference.w.items()}
     for t, (name, shape) in zip(gguf_file.GGUFReader(path).tensors, shapes.items(), strict=True):
         data = np.ascontiguousarray(t.data).view(np.uint8).reshape(-1)
         if len(shape) == 1:
-            tensors[name] = _Packed("float32", shape, data.view(np.float32))
+            tensors[name] = Packed("float32", shape, data.view(np.float32))
         else:
             kind = t.tensor_type.name
-            tensors[name] = _Packed(native_dtype(kind, data), shape, pack(kind, data, *shape))
+            tensors[name] = Packed(native_dtype(kind, data), shape, pack(kind, data, *shape))
     return NativeModel(reference.config, "native", 0, 0, tensors)
 
 
@@ -131,3 +132,34 @@ def test_a_chat_answer_is_right_and_the_same_in_a_crowd(model: Any, tokenizer: A
 
     assert answers[0] == answers[1]
     assert tokenizer.decode(answers[0][0]).startswith("The capital of France is Paris")
+
+
+def test_forks_and_scores_of_the_default_model_are_those_of_fresh_runs_bit_for_bit(model: Any, text: list[int]) -> None:
+    def fresh() -> Engine:
+        return Engine(model, EngineConfig(executor="native", num_blocks=64, num_threads=1))
+
+    def told(engine: Engine) -> list[Any]:
+        found = []
+        while engine.has_work():
+            found += [t for e in engine.step().tokens for t in e.tokens]
+        return found
+
+    prompt, sampling = tuple(text[100:170]), SamplingParams(temperature=0.8, seed=3, max_tokens=10, ignore_eos=True, logprobs=True)
+    engine = fresh()
+    engine.add(EngineRequest("p", prompt, sampling, hold=True))
+    out = told(engine)
+    ids = tuple(t.token_id for t in out)
+    engine.fork("p", 0, EngineRequest("f", (500,), sampling), 75)
+    forked = told(engine)
+    engine.add(EngineRequest("s", prompt, sampling, score=(ids, tuple(text[:33]), ids[:4])))
+    scores = told(engine)
+    alone = fresh()
+    alone.add(EngineRequest("f", (*prompt, *ids[:5], 500), sampling))
+    want = told(alone)
+    engine.release("p")
+
+    assert forked == want
+    assert scores[: len(ids)] == out and scores[-4:] == out[:4]
+    assert engine.stats().kv_blocks_used == engine.stats().kv_blocks_leaked == 0
+    engine.close()
+    alone.close()
