@@ -22,6 +22,7 @@ from plugmesh import hookspecs
 from plugmesh.config import MeshConfig
 from plugmesh.docs.hooks import record_of
 from plugmesh.errors import ConfigError, PluginError, PlugmeshError
+from plugmesh.records import HandOver
 from plugmesh.watchdog import WATCHDOG, Hung
 
 log = structlog.get_logger()
@@ -32,6 +33,10 @@ SLOW_START_S = 10.0   # importing, registering and building are only watched: pr
 REQUEST_LIMIT_S = 2.0 # for a call that holds up an event loop; below a lease's life
 STEP_LIMIT_S = 10.0   # for a call that holds up an engine's step
 STEP_METHODS: Mapping[str, tuple[str, ...]] = {"schedulers": ("schedule",), "drafts": ("propose", "observe")}
+ANSWERS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {  # methods of records themselves, and what they may return
+    "kv_hand_overs": ("plan", lambda answer: isinstance(answer, HandOver)),
+    "prefill_policies": ("choose", lambda answer: isinstance(answer, str) and answer in ("local", "remote")),
+}
 BUILT_ONCE = ("schedulers", "drafts", "routers", "admission", "strategies", "kv_codecs")  # when building fails, the process cannot start
 
 
@@ -68,8 +73,8 @@ class PluginHost:
         """Imports and registers the named plugins.
 
         Raises:
-            ConfigError: Unknown plugin, conflict, missing requirement, failing import, or an implementation of a hook
-                that does not exist; the message holds the plugin and the config line.
+            ConfigError: Unknown plugin, conflict, missing requirement, failing import, a bad setting (of the model that `plugin.py`
+                calls Settings), or an implementation of a hook that does not exist; the message holds the plugin and the config line.
         """
         host = cls(service, config)
         cards = {slug: card_files.read(slug, where=host.where(slug)) for slug in slugs}
@@ -81,6 +86,9 @@ class PluginHost:
                     module = importlib.import_module(name)
             except (Exception, SystemExit) as e:
                 raise ConfigError(f"{host.where(slug)}: plugin {slug!r} failed to import: {type(e).__name__}: {e}", plugin=slug) from e
+            model = getattr(module, "Settings", None)
+            if isinstance(model, type) and issubclass(model, pydantic.BaseModel):
+                config.plugin_settings(slug, model)  # now, rather than when a hook asks for them: nothing has been started yet
             host.register(slug, module, version=cards[slug].version)
         return host
 
@@ -152,7 +160,18 @@ class PluginHost:
         return [self._guarded(kind, plugin, record) for record in records]
 
     def _guarded(self, kind: str, plugin: str, record: Any) -> Any:
-        """The record with a factory that names the plugin when it fails, and whose objects cannot hold up a step for ever."""
+        """The record with a factory that names the plugin when it fails, whose objects cannot hold up a step for ever and whose answers make sense."""
+        if kind in ANSWERS:
+            method, is_answer = ANSWERS[kind]
+            ask = getattr(record, method)
+
+            def checked(*args: Any) -> Any:
+                answer = ask(*args)
+                if not is_answer(answer):
+                    raise PluginError(f"plugin {plugin!r} failed on this request: its {method} gave a {type(answer).__name__} of no use", plugin=plugin)
+                return answer
+
+            return dataclasses.replace(record, **{method: checked})
         build = getattr(record, "build", None)
         if kind not in BUILT_ONCE or not callable(build):
             return record

@@ -74,26 +74,26 @@ class RecordConformance:
         assert record.name
 
     def test_a_setting_that_does_not_exist_is_refused_with_its_name(self, card: cards.Card) -> None:
-        host = self.load(card, {**self.settings, "no_such_setting": 1})
-
         with pytest.raises(ConfigError, match=f"plugins.{self.slug}.no_such_setting"):
-            host.records(self.kind)
+            self.load(card, {**self.settings, "no_such_setting": 1}).records(self.kind)
 
 
 def num_reachable(root: object) -> int:
     """Objects that hang on `root`, without code, classes and modules: grows when something is kept that should not be."""
     skipped = (type, types.ModuleType, types.BuiltinFunctionType, types.CodeType, types.FrameType)
     seen: set[int] = set()
+    num_keys = 0  # strings as keys are no referents of their dictionary
     todo: list[object] = [root]
     while todo:
         item = todo.pop()
         if id(item) in seen or isinstance(item, skipped):
             continue
         seen.add(id(item))
+        num_keys += len(item) if isinstance(item, dict) else 0
         if isinstance(item, types.MethodType):
             todo.append(item.__self__)
         elif isinstance(item, types.FunctionType):  # what it closes over, not the globals of its module
             todo.extend(item.__closure__ or ())
         else:
             todo.extend(gc.get_referents(item))
-    return len(seen)
+    return len(seen) + num_keys

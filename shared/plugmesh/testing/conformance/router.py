@@ -136,12 +136,12 @@ class RouterConformance(RecordConformance):
         decode = [instance("decode", f"d{i}", num_pending_tokens=i) for i in range(64)]
         prefill = [instance("prefill", f"p{i}") for i in range(32)]
         times = []
-        for i in range(100):
+        for i in range(25):
             began = time.perf_counter()
             router.route(request(f"r{i}", 8192, 512, blocks=512), decode, prefill)
             times.append((time.perf_counter() - began) * 1e3)
 
-        assert sorted(times)[50] < SLOW_MS
+        assert sorted(times)[12] < SLOW_MS
 
     def test_events_of_any_kind_and_order_are_harmless(self, record: RouterRecord) -> None:
         """Of a router that follows KV events: doubled, outdated, from an earlier life, from nobody, and removals of what was never stored."""

@@ -1,0 +1,330 @@
+"""The suites see what they are for: records that break one promise each fail the test of that promise; fakes do as the real thing does."""
+
+from __future__ import annotations
+
+import pathlib
+import random
+import time
+from collections.abc import Callable
+from typing import Any
+
+import hypothesis
+import numpy as np
+import pytest
+
+from plugmesh.records import DraftRecord, HandOver, KvHandOverRecord, PrefillPolicyRecord, Route, RouterRecord, SchedulerRecord
+from plugmesh.testing.conformance import (
+    DraftConformance,
+    KvHandOverConformance,
+    PrefillPolicyConformance,
+    RouterConformance,
+    SchedulerConformance,
+    fidelity,
+)
+from plugmesh.testing.conformance.loads import CONFIG, Arrival, fake_engine, play
+from plugmesh.types import BLOCK_TOKENS
+from plugmesh_engine import EngineConfig, Executor, FcfsScheduler
+from plugmesh_engine.batch import Rows
+from plugmesh_engine.testing import FakeModel, random_weights, tiny_config, write_manifest
+
+
+def broken(suite: type, test: str, record: object, **arguments: Any) -> None:
+    """The suite's test fails on this record. What hypothesis finds is not made smaller, which would take long."""
+    hypothesis.settings.register_profile("found-is-enough", deadline=None, phases=[hypothesis.Phase.generate])
+    hypothesis.settings.load_profile("found-is-enough")
+    try:
+        with pytest.raises((AssertionError, Exception)) as info:
+            getattr(suite(), test)(record, **arguments)
+    finally:
+        hypothesis.settings.load_profile("plugmesh")
+
+    assert not isinstance(info.value, TypeError | AttributeError), info.value  # a mistake of this test
+
+
+# -- schedulers ------------------------------------------------------------------------------------------------------------
+
+
+class Core(FcfsScheduler):
+    def __init__(self, context: Any) -> None:
+        super().__init__(context.max_tokens_per_step, context.max_num_sequences)
+
+
+class Doubles(Core):
+    def schedule(self, waiting, running, kv):
+        return super().schedule(waiting, running, kv) * 2
+
+
+class Dice(Core):
+    dice = random.Random(0)
+
+    def schedule(self, waiting, running, kv):
+        plan = super().schedule(waiting, running, kv)
+        return plan if self.dice.random() < 0.7 else plan[:1]
+
+
+class Keeps(Core):
+    def __init__(self, context: Any) -> None:
+        super().__init__(context)
+        self.kept: list[object] = []
+
+    def schedule(self, waiting, running, kv):
+        self.kept.extend(s.request_id + "!" for s in running)
+        return super().schedule(waiting, running, kv)
+
+
+class NewestFirst(Core):
+    def schedule(self, waiting, running, kv):
+        decodes = [(s, 1) for s in running if s.is_decode]
+        prompts = [(s, min(8, kv.pending(s))) for s in sorted([*waiting, *(r for r in running if not r.is_decode)], key=lambda s: -s.arrival)]
+        return decodes + prompts[:1]
+
+
+class Shared(Core):
+    turn = [0]
+
+    def schedule(self, waiting, running, kv):
+        self.turn[0] += 1
+        if self.turn[0] % 5 == 0:
+            raise ValueError
+        return super().schedule(waiting, running, kv)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "test"),
+    [
+        (Doubles, "test_a_plan_names_only_what_was_offered_once_and_within_its_pending_tokens"),
+        (Doubles, "test_whatever_the_load_every_request_ends_with_the_tokens_of_the_engines_own_scheduler"),
+        (Dice, "test_the_same_load_is_planned_the_same_way_again"),
+        (Keeps, "test_finished_requests_are_forgotten"),
+        (NewestFirst, "test_nobody_starves_behind_a_stream_of_newcomers"),
+        (Shared, "test_two_engines_of_one_process_do_not_share_state"),
+    ],
+)
+def test_a_broken_scheduler_is_seen(scheduler: type, test: str) -> None:
+    broken(SchedulerConformance, test, SchedulerRecord("broken", scheduler))
+
+
+def test_the_engines_own_scheduler_passes() -> None:
+    suite, record = SchedulerConformance(), SchedulerRecord("core", Core)
+    for name in dir(suite):
+        if name.startswith("test_") and name not in ("test_the_smallest_and_the_largest_limits_work", *dir(SchedulerConformance.__mro__[1])):
+            getattr(suite, name)(record)
+
+
+# -- drafts ----------------------------------------------------------------------------------------------------------------
+
+
+def method(propose: Callable[[Any], Any]) -> DraftRecord:
+    class Method:
+        def __init__(self, context: Any) -> None:
+            self.kept: list[object] = []
+
+        def propose(self, views, num_prompt_rows):
+            return propose(views)
+
+        def observe(self, outcome):
+            self.kept.extend(v.request_id + "!" for v in outcome.views)
+
+    return DraftRecord("broken", Method)
+
+
+@pytest.mark.parametrize(
+    ("record", "test", "arguments"),
+    [
+        (method(lambda views: [[1]]), "test_beside_prompts_and_in_full_batches_it_answers_for_every_sequence", {}),
+        (method(lambda views: [[CONFIG.vocab_size] for _ in views]), "test_output_is_that_without_drafts", {}),
+        (method(lambda views: [[1] * 9 for _ in views]), "test_odd_sequences_get_drafts_within_their_limits", {"tokens": [1, 2], "room": 8}),
+        (method(lambda views: [v.tokens.append(1) or [] for v in views]), "test_odd_sequences_get_drafts_within_their_limits", {"tokens": [1], "room": 8}),
+        (method(lambda views: [[] for _ in views]), "test_finished_requests_are_forgotten", {}),
+    ],
+)
+def test_a_broken_draft_method_is_seen(record: DraftRecord, test: str, arguments: dict[str, Any]) -> None:
+    broken(DraftConformance, test, record, **arguments)
+
+
+# -- routers, policies, hand-overs -----------------------------------------------------------------------------------------
+
+
+class Sticky:
+    """Remembers everything, and goes on sending requests to instances that have left."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, str] = {}
+
+    def route(self, request, decode, prefill):
+        if not decode:
+            return Route(next(iter(self.seen.values()), "d0"))
+        return Route(self.seen.setdefault(request.request_id, decode[0].instance_id))
+
+    def on_progress(self, request_id, num_tokens):
+        pass
+
+    def on_finished(self, request_id):
+        pass
+
+
+class Slow(Sticky):
+    def route(self, request, decode, prefill):
+        time.sleep(0.055)
+        return Route(decode[0].instance_id)
+
+
+class Global(Sticky):
+    turn = [0]
+
+    def route(self, request, decode, prefill):
+        self.turn[0] += 1
+        return Route(decode[(self.turn[0] // 3) % len(decode)].instance_id)
+
+
+@pytest.mark.parametrize(
+    ("router", "test"),
+    [
+        (Sticky, "test_whoever_lives_it_chooses_among_what_it_is_offered"),
+        (Sticky, "test_ended_requests_are_forgotten"),
+        (Sticky, "test_without_any_instance_it_raises_and_works_again_later"),
+        (Slow, "test_it_does_not_hold_up_the_event_loop"),
+        (Global, "test_two_gateways_do_not_share_state"),
+    ],
+)
+def test_a_broken_router_is_seen(router: type, test: str) -> None:
+    broken(RouterConformance, test, RouterRecord("broken", router))
+
+
+def test_broken_policies_and_hand_overs_are_seen() -> None:
+    always = PrefillPolicyRecord("broken", lambda *_: "remote")
+    broken(PrefillPolicyConformance, "test_a_prompt_that_is_cached_but_for_a_token_is_computed_here_when_nobody_waits", always)
+    broken(PrefillPolicyConformance, "test_any_numbers_get_one_of_the_two_answers", PrefillPolicyRecord("broken", lambda *n: "local" if n[0] < 10**6 else ""))
+    broken(KvHandOverConformance, "test_any_prompt_and_layout_gets_a_plan", KvHandOverRecord("broken", lambda n, layout: True))
+    dice = random.Random(0)
+    broken(KvHandOverConformance, "test_the_same_prompt_travels_the_same_way", KvHandOverRecord("broken", lambda n, layout: HandOver(dice.random() < 0.5)))
+
+
+# -- fidelity ----------------------------------------------------------------------------------------------------------------
+
+
+def samples(seeds: Any, *, tilt: float = 0.0) -> list[list[int]]:
+    out = []
+    for seed in seeds:
+        rng = np.random.default_rng(seed)
+        p = np.array([0.4, 0.3, 0.2, 0.1]) + np.array([tilt, -tilt, 0, 0])
+        out.append([int(t) for t in rng.choice(4, 3, p=p)])
+    return out
+
+
+def test_equal_distributions_pass_and_different_ones_do_not() -> None:
+    assert min(t.p for t in fidelity.check_distribution(samples, samples)) > 1e-4
+    with pytest.raises(fidelity.NotFaithful, match="not the same distribution"):
+        fidelity.check_distribution(samples, lambda s: samples(s, tilt=0.08))
+    with pytest.raises(fidelity.NotFaithful):  # the right tokens in the wrong company
+        fidelity.check_distribution(samples, lambda s: [[t[0], t[0], t[2]] for t in samples(s)])
+
+
+def test_p_values_are_those_of_the_tables() -> None:
+    """Of a 2 x 2 table by hand, and of the chi-square tables: 3.84 and 18.31 are the 5 % points of 1 and 10 degrees."""
+    test = fidelity.chi_square({"a": 60, "b": 40}, {"a": 40, "b": 60})
+    many = fidelity.chi_square({i: 100 for i in range(11)}, {i: 100 for i in range(11)})
+
+    assert test.statistic == pytest.approx(8.0) and test.num_degrees == 1 and test.p == pytest.approx(0.00468, abs=1e-3)
+    assert (many.statistic, many.num_degrees) == (0, 10) and many.p > 0.99
+
+
+def test_exact_names_the_first_difference() -> None:
+    load = [Arrival(20, 6, seed=1), Arrival(9, 4, seed=2, temperature=0.8)]
+    fidelity.check_exact(lambda w: play(fake_engine(), w), lambda w: play(fake_engine(max_tokens_per_step=7), w), load)
+
+    with pytest.raises(fidelity.NotFaithful, match=r"r1: \[0\] \[0\] \d+ without it, \d+ with it"):
+        fidelity.check_exact(lambda w: play(fake_engine(), w), lambda w: play(fake_engine(), [w[0], Arrival(9, 4, seed=3, temperature=0.8)]), load)
+
+
+def test_a_loss_is_held_against_the_card() -> None:
+    from plugmesh.cards import Card, Loss
+
+    facts = {"slug": "t_x", "version": "1", "summary": "s", "services": ("decode",), "hooks": ()}
+    card = Card(**facts, fidelity="lossy", loss=Loss(metric="perplexity_ratio", bound=1.05, setting="here"))
+    fidelity.check_loss(card, {"perplexity_ratio": 1.05})
+
+    for measured in ({"perplexity_ratio": 1.06}, {"perplexity_ratio": float("nan")}, {"other": 1.0}):
+        with pytest.raises(fidelity.NotFaithful):
+            fidelity.check_loss(card, measured)
+    with pytest.raises(fidelity.NotFaithful, match="has no"):
+        fidelity.check_loss(Card(**facts, fidelity="exact"), {"perplexity_ratio": 1.0})
+
+
+# -- fakes against the real thing --------------------------------------------------------------------------------------------
+
+
+class ExecutorContract:
+    """What the suites take for granted of an executor; bound to the fake and to the real ones."""
+
+    @pytest.fixture
+    def executor(self, tmp_path: pathlib.Path) -> Executor:
+        raise NotImplementedError
+
+    ids = tuple(int(i) for i in np.random.default_rng(0).integers(3, 60, 50))
+
+    def rows(self, start: int, end: int, first_block: int = 1, wanted: int = 1) -> Rows:
+        """The prompt's tokens `start` to `end`, its blocks from `first_block` on."""
+        blocks = tuple(range(first_block, first_block + -(-len(self.ids) // BLOCK_TOKENS)))
+        return Rows(self.ids[start:end], start, blocks, wanted, True)
+
+    def test_chunks_give_what_the_whole_prompt_gives(self, executor: Executor) -> None:
+        whole = executor.run([self.rows(0, 50)])
+        logits, best = whole.logits.copy(), whole.best.copy()
+        for start, end in ((0, 7), (7, 16), (16, 33)):
+            executor.run([self.rows(start, end, 5, 0)])
+        rest = executor.run([self.rows(33, 50, 5)])
+
+        assert best.tolist() == rest.best.tolist()
+        np.testing.assert_allclose(logits, rest.logits, rtol=2e-2, atol=2e-2)
+
+    def test_neighbours_change_nothing(self, executor: Executor) -> None:
+        alone = executor.run([self.rows(0, 50)]).logits.copy()
+        batch = executor.run([self.rows(0, 20, 9), self.rows(0, 50, 5), self.rows(0, 3, 13)]).logits
+
+        np.testing.assert_allclose(alone[0], batch[1], rtol=1e-4, atol=1e-4)
+
+    def test_every_token_before_a_row_counts(self, executor: Executor) -> None:
+        right = executor.run([self.rows(0, 50)]).logits.copy()
+        executor.memory.zero(2)
+        wrong = executor.run([self.rows(49, 50)]).logits
+
+        assert not np.allclose(right, wrong, rtol=1e-3, atol=1e-3)
+
+    def test_blocks_travel_by_their_bytes(self, executor: Executor) -> None:
+        right = executor.run([self.rows(0, 50)]).logits.copy()
+        memory = executor.memory
+        for i in range(4):
+            data = bytes(memory.read(1 + i))
+            assert len(data) == executor.layout.block_bytes
+            memory.write(9 + i, data, min(BLOCK_TOKENS, 50 - 16 * i))
+        moved = executor.run([self.rows(49, 50, 9)]).logits
+
+        np.testing.assert_allclose(right, moved, rtol=2e-2, atol=2e-2)
+
+    def test_rows_behind_the_tokens_of_a_written_block_are_zero(self, executor: Executor) -> None:
+        executor.run([self.rows(0, 50)])
+        memory = executor.memory
+        memory.write(9, bytes(memory.read(1)), 5)
+        memory.zero(10)
+        memory.copy(10, 11)
+        half = np.frombuffer(memory.read(9), np.uint8).astype(int).sum()
+
+        assert 0 < half < np.frombuffer(memory.read(1), np.uint8).astype(int).sum()
+        assert not np.frombuffer(memory.read(11), np.uint8).any()
+
+
+class TestFake(ExecutorContract):
+    @pytest.fixture
+    def executor(self, tmp_path: pathlib.Path) -> Executor:
+        return FakeModel(CONFIG).build_executor(EngineConfig(num_blocks=16))
+
+
+class TestTorch(ExecutorContract):
+    @pytest.fixture
+    def executor(self, tmp_path: pathlib.Path) -> Executor:
+        from plugmesh_engine.executors import torch as torch_executor
+
+        config = tiny_config(vocab_size=61)
+        model = torch_executor.load(write_manifest(tmp_path, config, random_weights(config)), "float32")
+        return model.build_executor(EngineConfig(num_blocks=16, executor="torch", dtype="float32"))
