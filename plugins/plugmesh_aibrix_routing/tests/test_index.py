@@ -31,7 +31,7 @@ def told(kind: str, blocks: tuple[bytes, ...] = (), name: str = "d0", life: str 
 PROMPTS = st.lists(st.integers(0, 2), min_size=1, max_size=5).map(tuple)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.lists(st.tuples(PROMPTS, st.sampled_from(["d0", "d1"])), max_size=8), PROMPTS)
 def test_the_match_is_the_longest_true_common_beginning(stored, asked):
     """Fuzzed against prompts compared token by token: a block of the same text after another beginning must not match."""
@@ -64,7 +64,7 @@ SENT = st.lists(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(EVENTS, SENT, st.integers(1, 8), st.randoms(use_true_random=False))
 def test_events_and_requests_of_any_order_keep_the_bounds_and_the_counts(events, sent, max_blocks, rng):
     clock = Clock()
