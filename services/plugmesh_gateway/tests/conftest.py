@@ -144,6 +144,7 @@ class ScriptedDecode(decode_pb2_grpc.DecodeServicer):
         self.cancels: list[decode_pb2.CancelRequest] = []
         self.live: dict[str, Any] = {}
         self.num_steps = 0
+        self.num_tokens = 0
         self.pause_after = 10**9           # tokens per sequence after which it stops sending
         self.is_silent = False
         self.error: PlugmeshError | None = None
@@ -229,6 +230,7 @@ class ScriptedDecode(decode_pb2_grpc.DecodeServicer):
                             info.confidence = self.confidence(token)
                         row = frame.rows.add(request_id=rid, sequence=i, index=k, tokens=[info])
                         counts[rid][i] = k + 1
+                        self.num_tokens += 1
                         if (token == self.eos and not r.sampling.ignore_eos) or token in r.sampling.stop_token_ids:
                             row.finish_reason = common_pb2.FINISH_REASON_STOP
                         elif k + 1 >= r.sampling.max_tokens:

@@ -150,7 +150,7 @@ async def test_a_cancelled_child_ends_at_once_while_its_siblings_go_on_and_late_
     assert sum(1 for c, t, r in seen if c == 1) == 2  # nothing of it after the decision but its end
     assert "".join(t for c, t, _ in seen if c == 0) == "".join(t for c, t, _ in seen if c == 2) == "abcdefgh"
     assert any(c.one_sequence and c.sequence == 1 for c in decode.cancels)
-    assert reply["usage"]["completion_tokens"] == reply["strategy"]["num_tokens"] >= 2 * 9 + 1
+    assert reply["usage"]["completion_tokens"] == reply["strategy"]["num_tokens"] == decode.num_tokens >= 2 * 9 + 1
     await until(stack.is_idle)  # peers hear of the end a moment later
 
 
@@ -166,7 +166,7 @@ async def test_when_the_last_child_is_cancelled_decode_is_heard_out_and_told_onc
     decode.token_delay_s = 0.005
     reply = (await post(stack, strategy={"name": "first_token"}, max_tokens=100)).json()
 
-    assert 2 <= reply["strategy"]["num_tokens"] < 200
+    assert 2 <= reply["strategy"]["num_tokens"] == decode.num_tokens < 200
     await until(lambda: not decode.live and stack.is_idle())
 
 
@@ -184,6 +184,28 @@ async def test_leaving_the_children_early_cancels_them(start):
 
     assert reply["choices"][0]["text"].startswith("a")
     await until(lambda: not decode.live and stack.is_idle())
+
+
+async def test_children_that_a_strategy_forgot_end_with_its_request(start):
+    tasks = []
+
+    async def forgets(request, api):
+        async def read():
+            async for _ in api.generate(2):
+                pass
+
+        tasks.append(asyncio.create_task(read()))
+        while api.ledger.num_calls < 2:
+            await asyncio.sleep(0.01)
+        yield StrategyEvent(text="x", finish_reason=FinishReason.STOP)
+
+    stack, decode = await started(start, forgets=forgets, script=lambda r, i: [97] * 100_000)
+    decode.token_delay_s = 0.002
+    assert (await post(stack, strategy={"name": "forgets"}, max_tokens=4000)).json()["choices"][0]["text"] == "x"
+    await until(lambda: not decode.live and stack.is_idle())
+    await asyncio.wait(tasks, timeout=5)
+
+    assert tasks[0].done() and tasks[0].exception() is not None
 
 
 async def test_what_a_strategy_does_wrong_costs_its_request_and_nothing_else(start):
