@@ -100,7 +100,7 @@ def test_different_weights_in_prefill_and_decode_are_an_error_unless_they_are_eq
 
 def test_a_plugin_for_another_device_is_an_error(mesh):
     card = 'services = ["decode"]\nhooks = []\ndevice = ["cuda"]\n'
-    with pytest.raises(ConfigError, match="runs on cuda, but services.decode.device is cpu"):
+    with pytest.raises(ConfigError, match=r"runs on cuda, but services.decode.device is cpu"):
         mesh('[services.decode]\nplugins = ["t_gpu"]\ndevice = "cpu"\n', t_gpu=card)
 
 
@@ -125,7 +125,7 @@ def test_a_folder_that_looks_like_a_plugin_and_is_none_harms_nobody(tmp_path, mo
     monkeypatch.syspath_prepend(str(tmp_path))
 
     assert "sarathi" in cards.installed()
-    with pytest.raises(ConfigError, match="there is no plugin 't_nowhere'; installed: .*sarathi"):
+    with pytest.raises(ConfigError, match=r"there is no plugin 't_nowhere'; installed: .*sarathi"):
         cards.read("t_nowhere")
 
 

@@ -21,7 +21,16 @@ from plugmesh.hookspecs import hookimpl
 from plugmesh.host import PluginHost
 from plugmesh.mesh.api import Binding
 from plugmesh.mesh.hostid import host_id
-from plugmesh.records import DraftRecord, HandOver, KvHandOverRecord, PrefillPolicyRecord, Route, RouterRecord, RouteRequest, SchedulerRecord
+from plugmesh.records import (
+    DraftRecord,
+    HandOver,
+    KvHandOverRecord,
+    PrefillPolicyRecord,
+    Route,
+    RouteRequest,
+    RouterRecord,
+    SchedulerRecord,
+)
 from plugmesh.testing.conformance.loads import Arrival, check_idle, fake_engine, play
 from plugmesh.testing.conformance.router import instance
 from plugmesh.testing.local_mesh import LocalMesh
@@ -101,7 +110,7 @@ def host_of(hook: str, answer: Any, service: str = "decode") -> PluginHost:
     ],
 )
 def test_a_hook_that_fails_stops_the_start_with_the_plugins_name(answer, message):
-    with pytest.raises(ConfigError, match="odd|same") as info:
+    with pytest.raises(ConfigError, match=r"odd|same") as info:
         host_of("register_schedulers", answer).records("schedulers")
 
     assert message in info.value.message

@@ -12,7 +12,15 @@ import hypothesis
 import numpy as np
 import pytest
 
-from plugmesh.records import DraftRecord, HandOver, KvHandOverRecord, PrefillPolicyRecord, Route, RouterRecord, SchedulerRecord
+from plugmesh.records import (
+    DraftRecord,
+    HandOver,
+    KvHandOverRecord,
+    PrefillPolicyRecord,
+    Route,
+    RouterRecord,
+    SchedulerRecord,
+)
 from plugmesh.testing.conformance import (
     DraftConformance,
     KvHandOverConformance,

@@ -17,20 +17,24 @@ import importlib
 import pathlib
 
 from plugmesh.testing.conformance.admission import AdmissionConformance
+from plugmesh.testing.conformance.admission import AdmissionConformance
 from plugmesh.testing.conformance.base import RecordConformance
 from plugmesh.testing.conformance.card import CardConformance
 from plugmesh.testing.conformance.draft import DraftConformance
 from plugmesh.testing.conformance.kv_codec import KvCodecConformance
 from plugmesh.testing.conformance.kv_hand_over import KvHandOverConformance
 from plugmesh.testing.conformance.prefill_policy import PrefillPolicyConformance
+from plugmesh.testing.conformance.quality_metric import QualityMetricConformance
 from plugmesh.testing.conformance.router import RouterConformance
 from plugmesh.testing.conformance.scheduler import SchedulerConformance
 from plugmesh.testing.conformance.strategy import StrategyConformance
 from plugmesh.testing.conformance.weight_format import WeightFormatConformance
+from plugmesh.testing.conformance.workload import WorkloadConformance
 
 __all__ = [
-    "AdmissionConformance", "CardConformance", "DraftConformance", "KvCodecConformance", "KvHandOverConformance",
-    "PrefillPolicyConformance", "RecordConformance", "RouterConformance", "SchedulerConformance", "StrategyConformance", "WeightFormatConformance", "suites",
+    "AdmissionConformance", "CardConformance", "DraftConformance", "KvCodecConformance", "KvHandOverConformance", "PrefillPolicyConformance",
+    "QualityMetricConformance", "RecordConformance", "RouterConformance", "SchedulerConformance", "StrategyConformance", "WeightFormatConformance",
+    "WorkloadConformance", "suites",
 ]  # fmt: skip
 
 
