@@ -17,7 +17,6 @@ import importlib
 import pathlib
 
 from plugmesh.testing.conformance.admission import AdmissionConformance
-from plugmesh.testing.conformance.admission import AdmissionConformance
 from plugmesh.testing.conformance.base import RecordConformance
 from plugmesh.testing.conformance.card import CardConformance
 from plugmesh.testing.conformance.draft import DraftConformance
