@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import socket
 
@@ -73,7 +74,8 @@ def test_nulls_and_harmless_parameters_change_nothing():
         temperature=None, stop=None, n=None, user="u", store=True, metadata={"a": "b"}, service_tier="auto", tools=[], response_format={"type": "text"},
         tool_choice="none", parallel_tool_calls=True, top_k=-1, stream=False, model=None)
 
-    assert (full, is_stream, include_usage) == (plain, False, False)
+    assert full.client == "u"  # for rate limits and routers
+    assert (dataclasses.replace(full, client=plain.client), is_stream, include_usage) == (plain, False, False)
 
 
 def test_content_parts_and_further_keys_of_messages_are_kept():
