@@ -53,6 +53,40 @@ def test_a_slow_consumer_gets_every_row_in_order(sizes, pause_after):
     asyncio.run(scenario())
 
 
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), max_size=60))
+def test_frames_sent_at_once_never_overtake_those_that_wait(steps):
+    async def scenario():
+        received = []
+        is_open = True
+
+        def send_at_once(frame: pb.TokenFrame) -> bool:
+            if is_open:
+                received.append(frame.step)
+            return is_open
+
+        session = Session(10_000, send_at_once)
+
+        async def consume() -> None:
+            async for frame in session.frames():
+                await asyncio.sleep(0)  # it is on its way meanwhile
+                await asyncio.sleep(0)
+                received.append(frame.step)
+
+        consumer = asyncio.create_task(consume())
+        for step, (opens, waits) in enumerate(steps):
+            is_open = opens
+            session.put(step, [row(step)])
+            if waits:
+                await asyncio.sleep(0)
+        session.close()
+        await consumer
+
+        assert list(range(len(steps))) == received or (len(steps) > MERGE_ABOVE_FRAMES and received == sorted(set(received)))
+
+    asyncio.run(scenario())
+
+
 async def test_a_consumer_that_leaves_too_many_rows_unread_is_ended_with_overloaded():
     session = Session(10)
     for step in range(11):

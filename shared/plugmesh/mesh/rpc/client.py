@@ -105,6 +105,12 @@ class ClientPipe(Pipe):
         self.forget()
 
     def on_packet(self, p: Packet) -> None:
+        if p.flags & frames.PEER and self.closed:  # whoever took this packet's messages has ended the call
+            self.peer = p.peer_subject
+            if not p.flags & frames.STATUS:
+                self.emit(Packet(frames.CANCEL, reason=CANCELLED_BY_CALLER))
+            self.forget()
+            return
         if p.flags & frames.PEER:
             self.peer_known(p.peer_subject)
             self.watch.join(self, p.peer_subject, p.peer_instance, p.peer_incarnation)

@@ -155,15 +155,16 @@ class Pipe:
         return True
 
     def write_at_once(self, message: bytes) -> bool:
-        """As `write_message`, in a packet of its own that leaves before this returns; False when it would have to wait.
+        """As `write_message`, leaving before this returns, with what is batched before it; False when it would have to wait.
 
         False also for a message that `write_message` would refuse, and for a call that ended.
         """
         cap = self.carrier.max_message_bytes
-        if self.closed or self._batch or self._writers or not self.send_window.is_open() or (cap is not None and len(message) > cap):
+        if self.closed or self._writers or not self.send_window.is_open() or (cap is not None and len(message) > cap):
             return False
         self.send_window.spend(len(message))
-        self.emit(self.decorate(Packet(frames.DATA, messages=(message,))))
+        self._batch.append(message)
+        self.emit(self.decorate(self.add_batched(Packet())))
         return True
 
     # --- receiving ------------------------------------------------------------------------------------------------
