@@ -193,6 +193,7 @@ class TorchExecutor:
         if config.num_threads:
             torch.set_num_threads(config.num_threads)  # process-wide
         c = model.config
+        self._plugin = model.plugin  # its functions read memory that hangs on it
         self._codec: KvCodec | None = None
         self.memory: KvMemory
         self.attention: AttentionBackend
