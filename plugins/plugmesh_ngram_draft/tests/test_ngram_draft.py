@@ -246,9 +246,8 @@ def test_the_host_loads_it_with_its_settings() -> None:
 
 @pytest.mark.parametrize("bad", [{"min_match": 0}, {"min_match": 5, "max_match": 4}, {"maxtokens": 4}, {"min_gain": -1}])
 def test_bad_settings_stop_the_start(bad: dict[str, Any]) -> None:
-    host = PluginHost.load(["ngram_draft"], MeshConfig(plugins={"ngram_draft": bad}), service="decode")
     with pytest.raises(ConfigError, match=r"plugins\.ngram_draft"):
-        host.records("drafts")
+        PluginHost.load(["ngram_draft"], MeshConfig(plugins={"ngram_draft": bad}), service="decode")
 
 
 def test_the_card_names_every_setting_and_hook() -> None:
@@ -256,5 +255,5 @@ def test_the_card_names_every_setting_and_hook() -> None:
     folder = pathlib.Path(cards.__file__).parents[2] / "plugins" / "plugmesh_ngram_draft"
 
     assert set(card.settings) == set(Settings.model_fields)
-    assert card.hooks == ("register_drafts",)
+    assert card.hooks == ("register_drafts", "register_workloads")
     assert (folder / "README.md").is_file()

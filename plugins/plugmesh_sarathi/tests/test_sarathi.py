@@ -234,9 +234,8 @@ def test_the_host_loads_it_with_its_settings(model: TorchModel) -> None:
 
 @pytest.mark.parametrize("bad", [{"token_budget": 1}, {"token_budget": 8, "min_prefill_tokens": 8}, {"tokenbudget": 64}, {"tbt_target_ms": -1}])
 def test_bad_settings_stop_the_start(bad: dict[str, Any]) -> None:
-    host = PluginHost.load(["sarathi"], MeshConfig(plugins={"sarathi": bad}), service="decode")
     with pytest.raises(ConfigError, match=r"plugins\.sarathi"):
-        host.records("schedulers")
+        PluginHost.load(["sarathi"], MeshConfig(plugins={"sarathi": bad}), service="decode")
 
 
 def test_the_card_names_every_setting_and_hook() -> None:
