@@ -106,6 +106,7 @@ class Generator:
         self.held = Held(settings.hold_ttl_s, self.driver.cancel)
         self._model = engine.model.config
         self._max_len = engine.max_model_len
+        self._is_filtered = engine.is_filtered
         self._names = names
         self._live: dict[str, Generation] = {}
         self._idle = asyncio.Event()
@@ -186,6 +187,8 @@ class Generator:
         mode = g.request.prefill_mode
         if self.stores is None or g.resume or g.extra is not NOTHING or g.request.hold or mode == pb.GenerateRequest.PREFILL_LOCAL:
             return False
+        if self._is_filtered(len(g.request.token_ids)):  # its KV will be that of the chosen tokens, which only this engine knows
+            return False
         if mode == pb.GenerateRequest.PREFILL_REMOTE:
             return True
         num_prefill = len(self.mesh.instances("prefill"))
@@ -199,7 +202,8 @@ class Generator:
     async def _prefill_locally(self, g: Generation) -> None:
         sources: list[KvSource] = []
         ids = g.request.token_ids
-        if self.stores is not None and not g.request.no_prefix_cache and len(ids) > BLOCK_TOKENS and self.stores.nearest():
+        is_read_whole = g.extra is not NOTHING or not self._is_filtered(len(ids))
+        if self.stores is not None and is_read_whole and not g.request.no_prefix_cache and len(ids) > BLOCK_TOKENS and self.stores.nearest():
             chain = block_chain(self.layout.key(), ids[: len(ids) - 1])
             if self.driver.cached_prefix(ids) < len(chain) * BLOCK_TOKENS:
                 sources = await self._pin(g, chain, len(ids))

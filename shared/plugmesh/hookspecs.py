@@ -14,6 +14,7 @@
         | Router.route                     per request         <- register_routers
       request reaches decode
         | PrefillPolicyRecord.choose       per request         <- register_prefill_policies
+        | PromptFilter.layers, .select     per prompt          <- register_prompt_filters
       job reaches prefill
         | KvHandOverRecord.plan            per job             <- register_kv_hand_overs
       every step (prefill, decode)
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
         KvCodecRecord,
         KvHandOverRecord,
         PrefillPolicyRecord,
+        PromptFilterRecord,
         QualityMetricRecord,
         RouterRecord,
         SchedulerRecord,
@@ -158,6 +160,21 @@ def register_kv_codecs(context: PluginContext) -> list[KvCodecRecord]:
     Raising: stops the start with the plugin's name; an error in `KvCodec.plan` or `attend` fails the step, whose sequences then run one by
         one, and those that fail again end with an error.
     Example: plugins/plugmesh_qserve/plugin.py
+    """
+
+
+@hookspec
+def register_prompt_filters(context: PluginContext) -> list[PromptFilterRecord]:
+    """Rules for which tokens of a long prompt the model reads, decided after its early layers.
+
+    Runs in: decode.
+    When: at process start.  How often: once.
+    Combines: lists are joined; the record registered last is used, none when there is none.
+    Arguments: context: the plugin's settings and facts of the process.
+    Returns: records, or an empty list.
+    Raising: stops the start with the plugin's name; an error in `PromptFilter.layers` or `select` has that prompt read whole and is
+        counted and logged with the record's name.
+    Example: plugins/plugmesh_gemfilter/plugin.py
     """
 
 

@@ -32,12 +32,12 @@ S = TypeVar("S", bound=pydantic.BaseModel)
 SLOW_START_S = 10.0   # importing, registering and building are only watched: profiling and loading may take their time
 REQUEST_LIMIT_S = 2.0 # for a call that holds up an event loop; below a lease's life
 STEP_LIMIT_S = 10.0   # for a call that holds up an engine's step
-STEP_METHODS: Mapping[str, tuple[str, ...]] = {"schedulers": ("schedule",), "drafts": ("propose", "observe")}
+STEP_METHODS: Mapping[str, tuple[str, ...]] = {"schedulers": ("schedule",), "drafts": ("propose", "observe"), "prompt_filters": ("layers", "select")}
 ANSWERS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {  # methods of records themselves, and what they may return
     "kv_hand_overs": ("plan", lambda answer: isinstance(answer, HandOver)),
     "prefill_policies": ("choose", lambda answer: isinstance(answer, str) and answer in ("local", "remote")),
 }
-BUILT_ONCE = ("schedulers", "drafts", "routers", "admission", "strategies", "kv_codecs")  # when building fails, the process cannot start
+BUILT_ONCE = ("schedulers", "drafts", "routers", "admission", "strategies", "kv_codecs", "prompt_filters")  # when building fails, the process cannot start
 
 
 @dataclass(frozen=True, slots=True)

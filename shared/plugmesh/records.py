@@ -80,6 +80,56 @@ class DraftRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptFilterContext:
+    """What a prompt filter may know when it is built.
+
+    Attributes:
+        max_model_len: The engine's longest prompt plus output.
+        max_tokens_per_step: Rows of one chunk of stage one, unless the record has its own `chunk_tokens`.
+    """
+
+    config: ModelConfig
+    max_model_len: int
+    max_tokens_per_step: int
+
+
+class PromptFilter(Protocol):
+    """Chooses the tokens of a prompt that the whole model reads. One object per engine, called on its thread; `layers` from others, too.
+
+    What it answers must depend on its arguments only: a request that moves to another instance is filtered there once more, and goes on
+    with the tokens that were generated from the first selection.
+    """
+
+    def layers(self, num_prompt_tokens: int) -> int:
+        """How many layers stage one computes, which is the index of the layer whose queries and keys `select` gets; 0 leaves a prompt of this length alone."""
+
+    def select(self, q: np.ndarray, k: np.ndarray) -> Sequence[int] | np.ndarray:
+        """Indices of the prompt's tokens to keep, ascending, at least one. They are read in this order, at positions from 0.
+
+        Args:
+            q: (Q, heads, head_dim) float32 after RoPE, of the last Q = min(`num_queries`, n) tokens.
+            k: (n, kv_heads, head_dim) float32 after RoPE. Query head h reads KV head h // (heads / kv_heads).
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class PromptFilterRecord:
+    """Has long prompts read in two stages: the early layers see every token, the whole model those that were chosen.
+
+    `build(context)` is called once per engine. Prompts of requests that score, tap hidden states, are forked or bring KV are read whole.
+
+    Attributes:
+        num_queries: Last tokens whose queries `select` gets.
+        chunk_tokens: Rows of stage one between two steps of everybody else; 0 for the engine's max_tokens_per_step.
+    """
+
+    name: str
+    build: Callable[[PromptFilterContext], PromptFilter]
+    num_queries: int = 1
+    chunk_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class RouteRequest:
     """What a router knows of a request; never its text.
 

@@ -15,11 +15,12 @@ import numpy as np
 import structlog
 
 from plugmesh.errors import AlreadyExists, InternalError, InvalidRequest, NotFound, Overloaded, PlugmeshError
-from plugmesh.records import DraftContext, KvCodecRecord, SchedulerContext
+from plugmesh.records import DraftContext, KvCodecRecord, PromptFilterContext, SchedulerContext
 from plugmesh.types import BLOCK_TOKENS, FinishReason, TokenInfo, Usage, block_chain, block_id
 from plugmesh_engine.admission import check_request
 from plugmesh_engine.batch import StepResult
 from plugmesh_engine.config import EngineConfig
+from plugmesh_engine.filtering import Filtering
 from plugmesh_engine.forks import Holds, Origin
 from plugmesh_engine.kv.pool import BlockPool, OutOfBlocks
 from plugmesh_engine.kv.view import PoolView
@@ -54,6 +55,7 @@ class Engine:
         scheduler: A `seams.Scheduler`, or a `plugmesh.records.SchedulerRecord` to build one from; None for the engine's own.
         drafts: A `seams.DraftMethod`, or a `plugmesh.records.DraftRecord` to build one from; None for no drafts.
         kv_codec: Keeps the KV in a plugin's form.
+        prompt_filter: A `plugmesh.records.PromptFilterRecord`; None reads every prompt whole.
         executor: Used in place of the model's own.
 
     Raises:
@@ -68,6 +70,7 @@ class Engine:
         scheduler: Any = None,
         drafts: Any = None,
         kv_codec: KvCodecRecord | None = None,
+        prompt_filter: Any = None,
         executor: Executor | None = None,
     ) -> None:
         c = model.config
@@ -105,6 +108,11 @@ class Engine:
                     DraftContext(config.max_draft_tokens, config.max_num_sequences, config.num_blocks, c.vocab_size, self.measure_step_ms)
                 )
             self._drafter = Drafter(drafts, name, max_tokens=config.max_draft_tokens, max_model_len=self.max_model_len, vocab_size=c.vocab_size)
+        self._filtering: Filtering | None = None
+        if prompt_filter is not None:
+            self._filtering = Filtering(
+                prompt_filter, self._executor, self._pool, PromptFilterContext(c, self.max_model_len, config.max_tokens_per_step)
+            )
 
     # -- requests in and out ---------------------------------------------------------------------------------------
 
@@ -159,6 +167,8 @@ class Engine:
         if held is not None or request_id not in self._groups:
             return held
         g = self._groups[request_id]
+        if self._filtering is not None and g in self._filtering:  # nobody knows yet what its tokens will be
+            return None
         s = next((s for s in g.alive if s.index == sequence and not s.to_score), None)
         if s is None:
             return None
@@ -171,8 +181,8 @@ class Engine:
         if request.request_id in self._groups or request.request_id in self._retained or request.request_id in self._holds:
             raise AlreadyExists(f"request id {request.request_id!r} is in use", param="request_id")
         check_request(request, self.model.config, self.config, self.max_model_len, self.layout)
-        if len(self._waiting) >= self.config.max_waiting:
-            raise Overloaded(f"{len(self._waiting)} requests wait already", retry_after_s=1.0)
+        if self.num_waiting >= self.config.max_waiting:
+            raise Overloaded(f"{self.num_waiting} requests wait already", retry_after_s=1.0)
         if request.hold:
             to_hold = sum(len(g.alive) for g in self._groups.values() if g.request.hold)
             if self._holds.num_sequences + to_hold + request.num_sequences > self.config.max_held:
@@ -199,9 +209,8 @@ class Engine:
             for block in group.inherited:
                 self._pool.hold(block)
         self._finish_complete_resumes(group)
-        if alive := group.alive:
-            group.forked = len(alive) == 1
-            self._wait(alive[0])
+        if group.alive and (self._filtering is None or origin is not None or not self._filtering.take(group)):
+            self._enter(group)
 
     def cancel(self, request_id: str, sequence: int | None = None) -> bool:
         """Ends a request, or one sequence of it, and frees its blocks at once. No event follows for what was cancelled.
@@ -263,6 +272,15 @@ class Engine:
         self._pool.prefix.observer = observer
         return self._pool.prefix.names()
 
+    def is_filtered(self, num_prompt_tokens: int) -> bool:
+        """Whether the plugin's filter would look at a prompt of this length; KV of the whole prompt is then of no use. Other threads may ask."""
+        return self._filtering is not None and self._filtering.layers(num_prompt_tokens) > 0
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait, those whose prompt is being filtered among them."""
+        return len(self._waiting) + (len(self._filtering) if self._filtering is not None else 0)
+
     @property
     def num_running(self) -> int:
         """Sequences that run; one whose siblings wait for their common prompt counts for all of them."""
@@ -270,21 +288,21 @@ class Engine:
 
     def has_work(self) -> bool:
         """Whether `step` has something to do or to tell."""
-        return bool(self._waiting or self._running or self._out.tokens or self._out.kv_imported)
+        return bool(self._waiting or self._running or self._out.tokens or self._out.kv_imported or self._filtering)
 
     def stats(self) -> EngineStats:
         """Gauges and counters as of now; audits the reference counts, which costs tens of microseconds."""
         alive = [s for g in self._groups.values() for s in g.alive]
         held = chain(
             chain.from_iterable(s.blocks for s in alive), chain.from_iterable(self._retained.values()), self._holds.blocks(),
-            chain.from_iterable(g.inherited for g in self._groups.values()),
+            chain.from_iterable(g.inherited for g in self._groups.values()), self._filtering.blocks() if self._filtering is not None else (),
         )  # fmt: skip
         pending = sum(
             max(0, g.num_shared - max((s.num_computed for s in g.alive), default=0)) + sum(s.num_left for s in g.alive if not g.request.prefill_only)
             for g in self._groups.values()
         )
         return EngineStats(
-            num_running=sum(s.num_slots for s in self._running), num_waiting=len(self._waiting), num_pending_tokens=pending,
+            num_running=sum(s.num_slots for s in self._running), num_waiting=self.num_waiting, num_pending_tokens=pending,
             kv_blocks_used=self._pool.num_used, kv_blocks_cached=self._pool.prefix.num_idle, kv_blocks_total=self._pool.num_total,
             kv_blocks_leaked=self._pool.leaked(held), num_steps=self._num_steps, num_tokens_generated=self._num_generated,
             num_preemptions=self._num_preemptions, prefix_hit_tokens=self._prefix_hits, prefix_query_tokens=self._prefix_queries,
@@ -293,6 +311,9 @@ class Engine:
             num_draft_tokens_accepted=self._drafter.num_accepted if self._drafter else 0,
             num_draft_errors=self._drafter.num_errors if self._drafter else 0,
             num_held=self._holds.num_sequences, num_forks=self._num_forks, num_scored_tokens=self._num_scored,
+            num_filtered_prompts=self._filtering.num_prompts if self._filtering is not None else 0,
+            num_tokens_left_out=self._filtering.num_tokens_left_out if self._filtering is not None else 0,
+            num_filter_errors=self._filtering.num_errors if self._filtering is not None else 0,
         )  # fmt: skip
 
     def measure_step_ms(self, num_prefill_tokens: int, num_decodes: int, kv_tokens: int) -> float:
@@ -311,6 +332,8 @@ class Engine:
 
     def step(self) -> StepOutput:
         """One forward pass over what the scheduler chose. Safe to call without work."""
+        if self._filtering:
+            self._advance_filtering(self._filtering)
         plan = self._schedule()
         self._draft(plan)
         began = time.perf_counter()
@@ -324,8 +347,9 @@ class Engine:
     def _schedule(self) -> list[Planned]:
         """Asks the scheduler, then admits, takes blocks and preempts until the plan can run."""
         self._make_way()
+        waiting = self._offered()
         try:
-            wishes = self._scheduler.schedule(tuple(self._waiting), tuple(self._running), self._view)
+            wishes = self._scheduler.schedule(waiting, tuple(self._running), self._view)
             if self._scheduler is not self._own_scheduler:
                 self._check_plan(wishes)
         except Exception as e:
@@ -333,7 +357,7 @@ class Engine:
                 raise
             self._num_scheduler_errors += 1
             log.warning("engine.scheduler_failed", scheduler=self._scheduler_name, error=type(e).__name__, count=self._num_scheduler_errors)
-            wishes = self._own_scheduler.schedule(tuple(self._waiting), tuple(self._running), self._view)
+            wishes = self._own_scheduler.schedule(waiting, tuple(self._running), self._view)
         plan: list[Planned] = []
         may_enter = {id(s) for s in self._waiting} if self._waiting else set()  # not those that this very step preempts
         rows_to_score = MAX_SCORED_ROWS
@@ -349,6 +373,24 @@ class Engine:
             if part.num_tokens and self._make_room(seq, part.num_tokens):
                 plan.append(part)
         return [p for p in plan if p.seq.state is State.RUNNING]  # a later one may have preempted an earlier one
+
+    def _advance_filtering(self, filtering: Filtering) -> None:
+        """Computes a chunk of stage one, for which the oldest prompt gets blocks once those before it are admitted and running sequences leave enough."""
+        job = filtering.wanting
+        if job is not None and not any(s.order < job.order for s in self._waiting):
+            needed = job.num_blocks + sum(self._view.blocks_for(s, s.num_pending) for s in self._running) + (self._view.watermark if self._running else 0)
+            while needed > self._pool.num_free and self._shed():
+                pass
+            if needed <= self._pool.num_free:
+                filtering.begin(job)
+        settled = filtering.advance()
+        if settled is not None:
+            self._enter(settled)
+
+    def _offered(self) -> tuple[Seq, ...]:
+        """Sequences that may be admitted: nobody overtakes a prompt whose stage one waits for memory."""
+        job = self._filtering.wanting if self._filtering else None
+        return tuple(s for s in self._waiting if job is None or s.order < job.order)
 
     def _check_plan(self, wishes: Sequence[tuple[SequenceView, int]]) -> None:
         known = {id(s) for s in chain(self._waiting, self._running)}
@@ -543,7 +585,7 @@ class Engine:
                     s.blocks.append(self._pool.take())
                 return True
             except OutOfBlocks:
-                if self._shed():
+                if self._shed() or (self._filtering is not None and self._filtering.give_way()):
                     continue
                 if len(self._running) == 1 and not self._retained:
                     self._fail(s.group, Overloaded(f"the KV pool of {self._pool.num_total} blocks is too small to go on with this request"))
@@ -581,6 +623,12 @@ class Engine:
         self._drop_blocks(s)
         self._wait(s)
         log.debug("engine.preempted", request_id=s.request_id, sequence=s.index)
+
+    def _enter(self, g: Group) -> None:
+        """The request's prompt is settled: its first sequence waits to compute it."""
+        alive = g.alive
+        g.forked = len(alive) == 1
+        self._wait(alive[0])
 
     def _wait(self, s: Seq) -> None:
         s.state = State.WAITING
@@ -674,6 +722,8 @@ class Engine:
     def _close(self, g: Group) -> None:
         self._drop_imports(g)
         self._drop_inherited(g)
+        if self._filtering is not None:
+            self._filtering.drop(g)
         del self._groups[g.request.request_id]
 
     def _tell(self, s: Seq, index: int, tokens: tuple[TokenInfo, ...], reason: FinishReason | None, error: PlugmeshError | None = None) -> None:
@@ -716,4 +766,4 @@ class Engine:
     def _usage(self, g: Group) -> Usage:
         if g.request.score:
             return Usage(g.num_prompt + sum(map(len, g.request.score)), 0, max(0, g.num_cached_tokens))
-        return Usage(g.num_prompt, sum(s.num_generated for s in g.sequences), max(0, g.num_cached_tokens))
+        return Usage(g.num_given, sum(s.num_generated for s in g.sequences), max(0, g.num_cached_tokens))

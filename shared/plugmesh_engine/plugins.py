@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from plugmesh import hookspecs
 from plugmesh.errors import ConfigError
 from plugmesh.host import PluginHost
-from plugmesh.records import KvCodecRecord, WeightFormatRecord
+from plugmesh.records import KvCodecRecord, PromptFilterRecord, WeightFormatRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,14 +19,14 @@ class EnginePlugins:
         drafts: A `DraftRecord` or a `seams.DraftMethod`.
         weight_format: Of the manifest that the engine loads.
         kv_codec: In place of the executor's own KV.
-        prompt_filter: A `PromptFilterRecord`.
+        prompt_filter: Chooses the prompt's tokens that the model reads.
     """
 
     scheduler: Any = None
     drafts: Any = None
     weight_format: WeightFormatRecord | None = None
     kv_codec: KvCodecRecord | None = None
-    prompt_filter: Any = None
+    prompt_filter: PromptFilterRecord | None = None
 
     @classmethod
     def from_host(cls, host: PluginHost, weight_format: str = "") -> EnginePlugins:
@@ -43,7 +42,7 @@ class EnginePlugins:
             scheduler=host.last("schedulers"), drafts=None if host.service == "prefill" else host.last("drafts"),
             weight_format=named_format(host, weight_format) if weight_format else None,
             kv_codec=host.last("kv_codecs"),
-            prompt_filter=host.last("prompt_filters") if hasattr(hookspecs, "register_prompt_filters") else None,
+            prompt_filter=host.last("prompt_filters"),
         )  # fmt: skip
 
 

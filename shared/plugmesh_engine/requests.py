@@ -139,6 +139,8 @@ class EngineStats:
         num_forks: Requests that began with another sequence's KV.
         num_scored_tokens: Given tokens whose log-probabilities were told.
         num_draft_errors: Calls of a draft method that raised or gave nonsense; their steps went on without drafts.
+        num_filtered_prompts, num_tokens_left_out: Prompts that a filter chose tokens of, and their tokens that it did not choose.
+        num_filter_errors: Prompts that were read whole because a filter raised or gave nonsense.
     """
 
     num_running: int
@@ -161,3 +163,6 @@ class EngineStats:
     num_held: int = 0
     num_forks: int = 0
     num_scored_tokens: int = 0
+    num_filtered_prompts: int = 0
+    num_tokens_left_out: int = 0
+    num_filter_errors: int = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,6 +39,7 @@ class Group:
             row tells the first token of each.
         inherited: Blocks of the sequence that the request was forked from, with a reference each, until it is admitted; they hold `num_inherited` tokens.
         num_total: Tokens that all its sequences have generated.
+        num_given: Prompt tokens that the request came with; `num_prompt` of them were chosen where a filter leaves some out.
     """
 
     request: EngineRequest
@@ -55,13 +57,23 @@ class Group:
     inherited: list[int] = field(default_factory=list)
     num_inherited: int = 0
     num_total: int = 0
+    num_given: int = 0
     _end_ids: tuple[int, ...] | None = None
     _distinct: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        self.num_prompt = len(self.request.token_ids)
+        self.num_prompt = self.num_given = len(self.request.token_ids)
         self.num_shared = self.num_prompt - (1 if self.request.score else 0)
         self.needs_logits = needs_logits(self.request.sampling)
+
+    def choose_prompt(self, token_ids: tuple[int, ...]) -> None:
+        """Other tokens take the prompt's place, before any of it was computed. What was generated before (`EngineRequest.resume`) stays."""
+        for s in self.sequences:
+            s.tokens[: self.num_prompt] = token_ids
+            s.block_ids.clear()
+        self.request = dataclasses.replace(self.request, token_ids=token_ids)
+        self.num_prompt = self.num_shared = len(token_ids)
+        self._distinct = None
 
     @property
     def alive(self) -> list[Sequence]:

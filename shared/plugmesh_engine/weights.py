@@ -63,7 +63,10 @@ def build_engine(
         return of_plugins if own is None else own
 
     model = load_model(manifest, config, plugins.weight_format)
-    return Engine(model, config, scheduler=first(scheduler, plugins.scheduler), drafts=first(drafts, plugins.drafts), kv_codec=plugins.kv_codec)
+    return Engine(
+        model, config, scheduler=first(scheduler, plugins.scheduler), drafts=first(drafts, plugins.drafts), kv_codec=plugins.kv_codec,
+        prompt_filter=plugins.prompt_filter,
+    )  # fmt: skip
 
 
 def check_shapes(c: ModelConfig, found: Mapping[str, tuple[int, ...]]) -> None:

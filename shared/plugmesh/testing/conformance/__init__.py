@@ -23,6 +23,7 @@ from plugmesh.testing.conformance.draft import DraftConformance
 from plugmesh.testing.conformance.kv_codec import KvCodecConformance
 from plugmesh.testing.conformance.kv_hand_over import KvHandOverConformance
 from plugmesh.testing.conformance.prefill_policy import PrefillPolicyConformance
+from plugmesh.testing.conformance.prompt_filter import PromptFilterConformance
 from plugmesh.testing.conformance.quality_metric import QualityMetricConformance
 from plugmesh.testing.conformance.router import RouterConformance
 from plugmesh.testing.conformance.scheduler import SchedulerConformance
@@ -32,8 +33,8 @@ from plugmesh.testing.conformance.workload import WorkloadConformance
 
 __all__ = [
     "AdmissionConformance", "CardConformance", "DraftConformance", "KvCodecConformance", "KvHandOverConformance", "PrefillPolicyConformance",
-    "QualityMetricConformance", "RecordConformance", "RouterConformance", "SchedulerConformance", "StrategyConformance", "WeightFormatConformance",
-    "WorkloadConformance", "suites",
+    "PromptFilterConformance", "QualityMetricConformance", "RecordConformance", "RouterConformance", "SchedulerConformance", "StrategyConformance",
+    "WeightFormatConformance", "WorkloadConformance", "suites",
 ]  # fmt: skip
 
 
