@@ -159,6 +159,36 @@ def test_company_chunks_and_threads_change_no_bit(kind, kv_dtype, data):
         assert np.array_equal(a, b)
 
 
+@pytest.mark.parametrize("shape", ["odd", "wide"])
+@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_many_rows_give_the_bits_of_few(num_threads, kind, shape):
+    """Of a large step a thread takes rows through a whole layer, of a small one it takes columns: the same sums either way.
+
+    All rows are wanted, or one, or none of a sequence, which the last layer treats in different ways.
+    """
+    changes = WIDE if shape == "wide" else {"hidden_size": 32, "intermediate_size": 96, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "max_position": 1400}
+    model, _ = native_model(kind, **changes)
+    e = executor(model, num_threads=num_threads)
+    first, second, third = (prompt(n, i, model.config.vocab_size) for i, n in enumerate((131, 90, 77)))
+    blocks = [list(range(start, start + 10)) for start in (1, 11, 21)]
+    few = [e.run([Rows(t, 0, b, w, True)]).logits.copy() for t, b, w in ((first[:100], blocks[0], 100), (second, blocks[1], 1), (third, blocks[2], 0))]
+    last = e.run([Rows(first[100:], 100, blocks[0], 31, True)]).logits.copy()
+    after = e.run([Rows([5], 77, blocks[2], 1, True)]).logits.copy()
+
+    moved = [[b + 30 for b in of] for of in blocks]
+    many = e.run([Rows(first, 0, moved[0], 131, True), Rows(second, 0, moved[1], 1, True), Rows(third, 0, moved[2], 0)]).logits.copy()
+    after_many = e.run([Rows([5], 77, moved[2], 1, True)]).logits.copy()
+    everything = e.run([Rows(first, 0, [b + 60 for b in blocks[0]], 131, True)]).logits.copy()
+    nothing = e.run([Rows(first, 0, [b + 60 for b in blocks[0]], 0)])
+    e.close()
+
+    assert np.array_equal(many, np.concatenate([few[0], last, few[1]]))
+    assert np.array_equal(everything, many[:131])
+    assert np.array_equal(after_many, after)
+    assert len(nothing.best) == 0
+
+
 @pytest.mark.parametrize("kv_dtype", ["bfloat16", "int8"])
 @pytest.mark.parametrize("last", [1, 2, 5])
 @pytest.mark.parametrize("num_threads", [1, 2])

@@ -16,6 +16,8 @@ constexpr int QUERY_TILE = 32;    // rows of a prompt that attend together
 constexpr int FIRST_BLOCKS = 4;   // blocks that are fetched before their unit begins
 constexpr int FEW_PAIRS = 16;     // up to so many (row, head) pairs attention waits for memory rather than for itself
 constexpr int HEAD_BLOCKS = 32;   // row blocks of the head per unit
+constexpr int BY_ROWS = 128;      // from so many rows on each thread takes rows through a layer
+constexpr int ROWS_AT_ONCE = 32;  // the most that it takes at a time: their activations stay in the second-level cache, and enough units are left to share
 
 int num_units(int n, int per_unit) { return (n + per_unit - 1) / per_unit; }
 
@@ -113,6 +115,7 @@ Executor::Executor(const ModelShape& shape, std::vector<LayerWeights> layers, Li
   for (auto& t : threads_) {
     t.hidden = hidden_;
     t.heads = heads_;
+    t.act = act_;
     t.scratch.resize(64 + std::max(linear_scratch_bytes(max_kp), std::max(attention_scratch_bytes(QUERY_TILE, group_, shape.head_dim),
                                                                               attention_scratch_bytes(FEW_PAIRS, shape.num_kv_heads, shape.head_dim))));
   }
@@ -130,6 +133,7 @@ void Executor::run(const std::vector<StepSequence>& sequences, int32_t* best, fl
   if (num_rows_ == 0) return;
   taps_ = taps;
   keeps_all_rows_ = std::any_of(taps.begin(), taps.end(), [&](const StepTap& t) { return t.layer == shape_.num_layers; });
+  num_row_units_ = may_go_by_rows() ? pool_.num_threads() * num_units(num_rows_, pool_.num_threads() * ROWS_AT_ONCE) : 0;
   error_ = nullptr;
   pool_.run([&](int thread) { step(thread, best, logits); });
   if (error_) std::rethrow_exception(error_);
@@ -139,6 +143,7 @@ void Executor::probe(const std::vector<StepSequence>& sequences, int layer, floa
   plan(sequences);
   if (num_rows_ == 0) return;
   taps_.clear();
+  num_row_units_ = 0;
   probed_layer_ = layer;
   probed_q_ = q;
   probed_k_ = k;
@@ -217,6 +222,7 @@ void Executor::keep_wanted_rows(std::vector<float>& heads) {
   }
   ranges_ = std::move(kept);
   num_rows_ = num_wanted_;
+  num_row_units_ = 0;
   for (int i = 0; i < num_wanted_; ++i) wanted_row_[i] = i;
   size_buffers();
   plan_attention();
@@ -280,8 +286,11 @@ void Executor::step(int thread, int32_t* best, float* logits) {
     if (!taps_.empty()) tap(thread, i);
     before_layer(thread, i);
     if (i == probed_layer_) return probe_layer(thread, i);
-    qkv(thread, i, normed(thread, w.input_norm, hidden_, &ThreadState::hidden));
-    pool_.barrier();
+    if (!num_row_units_)
+      qkv(thread, i, normed(thread, w.input_norm, hidden_, &ThreadState::hidden));
+    else if (i == 0)
+      for (int u; (u = pool_.claim()) < num_row_units_;) qkv_of_rows(thread, 0, first_of(u), end_of(u));
+    if (!num_row_units_ || i == 0) pool_.barrier();
     const bool drops_rows = i + 1 == shape_.num_layers && num_wanted_ < num_rows_ && !keeps_all_rows_;
     if (drops_rows && !attends_elsewhere()) {
       pool_.barrier();  // everybody has looked at num_rows_
@@ -295,6 +304,14 @@ void Executor::step(int thread, int32_t* best, float* logits) {
       if (thread == 0) keep_wanted_rows(attended_);
       pool_.barrier();
       if (num_rows_ == 0) return;
+    }
+    if (num_row_units_) {
+      for (int u; (u = pool_.claim()) < num_row_units_;) {
+        feed_forward_of_rows(thread, i, first_of(u), end_of(u));
+        if (i + 1 < shape_.num_layers) qkv_of_rows(thread, i + 1, first_of(u), end_of(u));
+      }
+      pool_.barrier();
+      continue;
     }
     linear_units(thread, w.o, heads_encoded(thread), x_.data(), shape_.hidden, true, 3);
     pool_.barrier();
@@ -564,42 +581,44 @@ void Executor::attention_unit(int thread, int layer, const AttentionUnit& u) {
   }
 }
 
-// The rows that the output projection reads: splits merged, encoded.
-const Executor::InputBuffer& Executor::heads_encoded(int thread) {
+// The row that the output projection reads: splits merged, encoded.
+void Executor::encode_heads(int thread, int r, InputBuffer& to, int at_row) {
   ThreadState& state = threads_[thread];
-  InputBuffer& to = small_ ? state.heads : heads_;
   const int d = shape_.head_dim;
   if (state.a.size() < size_t(q_size_)) state.a.resize(q_size_);
   std::vector<float>& acc = state.b;
   if (acc.size() < size_t(group_) * (2 + d)) acc.resize(size_t(group_) * (2 + d));
-  const auto row = [&](int r) {
-    const float* heads = attended_.data() + size_t(r) * q_size_;
-    for (size_t i = merge_of_row_[r]; merge_of_row_[r] >= 0 && i < merges_.size(); ++i) {
-      const PendingMerge& m = merges_[i];
-      if (r < m.first_row || r >= m.first_row + m.num_rows) continue;
-      heads = state.a.data();  // of a row either all KV heads are split or none
-      float *acc_max = acc.data(), *acc_sum = acc_max + group_, *acc_out = acc_sum + group_;
-      for (int s = 0; s < m.num_splits; ++s) {
-        const size_t at = size_t(m.partial) + (size_t(s) * m.num_rows + (r - m.first_row)) * group_;
-        if (s == 0) {
-          std::memcpy(acc_max, partial_max_.data() + at, size_t(group_) * 4);
-          std::memcpy(acc_sum, partial_sum_.data() + at, size_t(group_) * 4);
-          std::memcpy(acc_out, partial_out_.data() + at * d, size_t(group_) * d * 4);
-        } else {
-          ops_->attention_merge(acc_max, acc_sum, acc_out, partial_max_.data() + at, partial_sum_.data() + at, partial_out_.data() + at * d, group_, d);
-        }
+  const float* heads = attended_.data() + size_t(r) * q_size_;
+  for (size_t i = merge_of_row_[r]; merge_of_row_[r] >= 0 && i < merges_.size(); ++i) {
+    const PendingMerge& m = merges_[i];
+    if (r < m.first_row || r >= m.first_row + m.num_rows) continue;
+    heads = state.a.data();  // of a row either all KV heads are split or none
+    float *acc_max = acc.data(), *acc_sum = acc_max + group_, *acc_out = acc_sum + group_;
+    for (int s = 0; s < m.num_splits; ++s) {
+      const size_t at = size_t(m.partial) + (size_t(s) * m.num_rows + (r - m.first_row)) * group_;
+      if (s == 0) {
+        std::memcpy(acc_max, partial_max_.data() + at, size_t(group_) * 4);
+        std::memcpy(acc_sum, partial_sum_.data() + at, size_t(group_) * 4);
+        std::memcpy(acc_out, partial_out_.data() + at * d, size_t(group_) * d * 4);
+      } else {
+        ops_->attention_merge(acc_max, acc_sum, acc_out, partial_max_.data() + at, partial_sum_.data() + at, partial_out_.data() + at * d, group_, d);
       }
-      for (int g = 0; g < group_; ++g)
-        ops_->attention_finish(acc_sum + g, acc_out + size_t(g) * d, d, state.a.data() + (size_t(m.kv_head) * group_ + g) * d);
     }
-    encode_row(heads, to, r);
-  };
+    for (int g = 0; g < group_; ++g)
+      ops_->attention_finish(acc_sum + g, acc_out + size_t(g) * d, d, state.a.data() + (size_t(m.kv_head) * group_ + g) * d);
+  }
+  encode_row(heads, to, at_row);
+}
+
+const Executor::InputBuffer& Executor::heads_encoded(int thread) {
+  ThreadState& state = threads_[thread];
+  InputBuffer& to = small_ ? state.heads : heads_;
   if (small_) {
-    for (int r = 0; r < num_rows_; ++r) row(r);
+    for (int r = 0; r < num_rows_; ++r) encode_heads(thread, r, to, r);
     return to;
   }
   for (int u; (u = pool_.claim()) < num_units(num_rows_, ROW_UNIT);)
-    for (int r = u * ROW_UNIT; r < std::min(num_rows_, (u + 1) * ROW_UNIT); ++r) row(r);
+    for (int r = u * ROW_UNIT; r < std::min(num_rows_, (u + 1) * ROW_UNIT); ++r) encode_heads(thread, r, to, r);
   pool_.barrier();
   return to;
 }
@@ -628,23 +647,80 @@ void Executor::gate_up(int thread, const LayerWeights& w, const InputBuffer& x) 
     return;
   }
   // A unit is 64 values of the activation: both matrices' rows, SiLU, and the encoding for the down projection without a trip through memory.
-  const int blocks = width / ROWS, chunks = num_units(t, TOKEN_CHUNK), per_chunk = num_units(n, width);
-  const size_t piece = size_t(std::min(t, TOKEN_CHUNK)) * width;
+  const int chunks = num_units(t, TOKEN_CHUNK), per_chunk = num_units(n, width);
+  for (int u; (u = pool_.claim()) < per_chunk * chunks;) {
+    const int first = u / per_chunk * TOKEN_CHUNK;
+    gate_up_columns(state, w, x.rows(first, std::min(TOKEN_CHUNK, t - first)), u % per_chunk * width, act_.view, first);
+  }
+}
+
+void Executor::gate_up_columns(ThreadState& state, const LayerWeights& w, const Input& rows, int column, const Input& act, int first) {
+  const int width = INPUT_GROUP, block = column / ROWS, end = std::min(block + width / ROWS, w.gate.weight.row_blocks());
+  const int wide = std::min(width, shape_.intermediate - column);
+  const size_t piece = size_t(rows.t) * width;
   if (state.a.size() < piece) state.a.resize(piece);
   if (state.b.size() < piece) state.b.resize(piece);
   void* scratch = aligned(state.scratch);
-  for (int u; (u = pool_.claim()) < per_chunk * chunks;) {
-    const int first = u / per_chunk * TOKEN_CHUNK, num = std::min(TOKEN_CHUNK, t - first), column = u % per_chunk * width;
-    const int block = column / ROWS, end = std::min(block + blocks, w.gate.weight.row_blocks()), wide = std::min(width, n - column);
-    const Input rows = x.rows(first, num);
-    linear_->linear(w.gate.weight, rows, block, end, state.a.data() - column, width, false, scratch);
-    linear_->linear(w.up.weight, rows, block, end, state.b.data() - column, width, false, scratch);
-    for (int r = 0; r < num; ++r) {
-      float* gate = state.a.data() + size_t(r) * width;
-      ops_->silu_mul(gate, state.b.data() + size_t(r) * width, wide, gate);
-      encode(linear_, gate, column, wide, act_.view, first + r);
-    }
+  linear_->linear(w.gate.weight, rows, block, end, state.a.data() - column, width, false, scratch);
+  linear_->linear(w.up.weight, rows, block, end, state.b.data() - column, width, false, scratch);
+  for (int r = 0; r < rows.t; ++r) {
+    float* gate = state.a.data() + size_t(r) * width;
+    ops_->silu_mul(gate, state.b.data() + size_t(r) * width, wide, gate);
+    encode(linear_, gate, column, wide, act, first + r);
   }
+}
+
+// ---- by rows ---------------------------------------------------------------------------------------------------------------------------------------
+// Nothing but attention looks at another row. So with many rows a thread takes some of them from one attention to the next: what it writes it reads again
+// itself, out of its own second-level cache, and there are two barriers a layer instead of eight. Every thread reads all weights, which pays with many rows.
+
+bool Executor::may_go_by_rows() const {
+  const auto native = [](const LayerWeights& w) {
+    for (const Linear* l : {&w.q, &w.k, &w.v, &w.o, &w.gate, &w.up, &w.down})
+      if (!l->is_native()) return false;
+    return true;
+  };
+  return num_rows_ >= BY_ROWS && taps_.empty() && probed_layer_ < 0 && !attends_elsewhere() && !shared_layer_ && !foreign_layer_ &&
+         std::all_of(layers_.begin(), layers_.end(), native);
+}
+
+void Executor::qkv_of_rows(int thread, int layer, int first, int end) {
+  const LayerWeights& w = layers_[layer];
+  ThreadState& state = threads_[thread];
+  if (state.a.size() < size_t(shape_.hidden)) state.a.resize(shape_.hidden);
+  state.hidden.resize(end - first);
+  for (int r = first; r < end; ++r) {
+    ops_->rms_norm_row(x_.data() + size_t(r) * shape_.hidden, w.input_norm, shape_.hidden, shape_.eps, state.a.data());
+    encode_row(state.a.data(), state.hidden, r - first);
+  }
+  void* scratch = aligned(state.scratch);
+  const auto times = [&](const Linear& l, std::vector<float>& y, int size) {
+    linear_->linear(l.weight, state.hidden.view, 0, l.weight.row_blocks(), y.data() + size_t(first) * size, size, false, scratch);
+  };
+  times(w.q, q_, q_size_);
+  times(w.k, k_, kv_size_);
+  times(w.v, v_, kv_size_);
+  rope_rows(layer, first, end - first, true);
+}
+
+void Executor::feed_forward_of_rows(int thread, int layer, int first, int end) {
+  const LayerWeights& w = layers_[layer];
+  ThreadState& state = threads_[thread];
+  const int num = end - first, hidden = shape_.hidden;
+  float* x = x_.data() + size_t(first) * hidden;
+  void* scratch = aligned(state.scratch);
+  state.heads.resize(num);
+  for (int r = 0; r < num; ++r) encode_heads(thread, first + r, state.heads, r);
+  linear_->linear(w.o.weight, state.heads.view, 0, w.o.weight.row_blocks(), x, hidden, true, scratch);
+  if (state.a.size() < size_t(hidden)) state.a.resize(hidden);
+  state.hidden.resize(num);
+  for (int r = 0; r < num; ++r) {
+    ops_->rms_norm_row(x + size_t(r) * hidden, w.mlp_norm, hidden, shape_.eps, state.a.data());
+    encode_row(state.a.data(), state.hidden, r);
+  }
+  state.act.resize(num);
+  for (int column = 0; column < shape_.intermediate; column += INPUT_GROUP) gate_up_columns(state, w, state.hidden.view, column, state.act.view, 0);
+  linear_->linear(w.down.weight, state.act.view, 0, w.down.weight.row_blocks(), x, hidden, true, scratch);
 }
 
 void Executor::head(int thread, int32_t* best, float* logits) {

@@ -126,7 +126,7 @@ class Executor {
     std::vector<uint8_t> scratch;            // of the linear and attention kernels
     std::vector<float> a, b;                 // pieces of gate and up, partials of attention
     std::vector<float> dense;                // input of a shared linear whose K is no multiple of 64
-    InputBuffer hidden, heads;               // small steps encode their own input, which spares a barrier
+    InputBuffer hidden, heads, act;          // small steps and steps by rows encode their own input
   };
 
   void plan(const std::vector<StepSequence>& sequences);
@@ -152,6 +152,13 @@ class Executor {
   void attention_unit(int thread, int layer, const AttentionUnit& u);
   void fetch_first_keys(int layer, const AttentionUnit& u) const;
   const InputBuffer& heads_encoded(int thread);
+  void encode_heads(int thread, int row, InputBuffer& to, int at);
+  void gate_up_columns(ThreadState& state, const LayerWeights& w, const Input& rows, int column, const Input& act, int first);
+  bool may_go_by_rows() const;
+  int first_of(int row_unit) const { return int(int64_t(num_rows_) * row_unit / num_row_units_) & ~1; }
+  int end_of(int row_unit) const { return row_unit + 1 == num_row_units_ ? num_rows_ : first_of(row_unit + 1); }
+  void qkv_of_rows(int thread, int layer, int first, int end);
+  void feed_forward_of_rows(int thread, int layer, int first, int end);
   void gate_up(int thread, const LayerWeights& w, const InputBuffer& x);
   void head(int thread, int32_t* best, float* logits);
   void tap(int thread, int layer) const;
@@ -178,6 +185,7 @@ class Executor {
   // of the step
   int num_rows_ = 0, num_wanted_ = 0;
   bool small_ = false;
+  int num_row_units_ = 0;  // 0: not by rows
   std::vector<StepSequence> sequences_;
   std::vector<SequenceRows> ranges_;
   std::vector<int> row_sequence_, row_token_, row_position_, wanted_row_, wanted_full_;
