@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import itertools
 import json
 import os
@@ -140,7 +141,7 @@ def build(args: argparse.Namespace) -> tuple[Engine, dict[str, Any]]:
     """The engine, and facts about it for the report."""
     config = EngineConfig(
         executor=args.executor, dtype=args.dtype, kv_dtype=args.kv_dtype, num_threads=args.threads, num_blocks=args.num_blocks,
-        max_tokens_per_step=args.max_tokens_per_step,
+        max_tokens_per_step=args.max_tokens_per_step, commit_kv=True,
     )  # fmt: skip
     slugs = [s for s in args.plugins.split(",") if s]
     host = PluginHost.load([s for s in slugs if "decode" in cards.read(s).services], MeshConfig(plugins=args.plugin_settings), service="decode")
@@ -179,6 +180,8 @@ def main() -> int:
     except PlugmeshError as e:
         answers.write(json.dumps({"error": e.message}) + "\n")
         return 1
+    gc.collect()  # as the services do: what was made until now need not be walked again in the middle of a step
+    gc.freeze()
     answers.write(json.dumps({"ready": facts}) + "\n")
     for line in sys.stdin:
         ask = json.loads(line)

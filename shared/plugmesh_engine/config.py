@@ -24,6 +24,8 @@ class EngineConfig:
         device: A torch device; the native executor runs on "cpu" only.
         num_blocks: KV blocks of 16 tokens. Memory is committed as blocks are first used; 4,096 blocks of SmolLM2 in bfloat16
             (360 KiB each) reach 1.4 GiB when all have been used.
+        commit_kv: Commit the native executor's KV memory when it is built. Otherwise whoever first uses a block waits for its pages: in a virtual
+            machine whose host backs memory as it is touched, up to 30 ms for a prompt of 512 tokens.
         max_num_sequences: Sequences that run together, those of an `n > 1` request counted one by one.
         max_tokens_per_step: Prompt tokens that the default scheduler computes in one step.
         max_model_len: Longest prompt plus output; 0 takes the model's.
@@ -39,6 +41,7 @@ class EngineConfig:
     kv_dtype: str = "bfloat16"
     device: str = "cpu"
     num_blocks: int = 4096
+    commit_kv: bool = False
     max_num_sequences: int = 64
     max_tokens_per_step: int = 512
     max_model_len: int = 0

@@ -7,7 +7,10 @@ A row's result does not depend on what else is in the step, bit for bit.
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,6 +41,8 @@ from plugmesh_engine.seams import KvCodec, KvMemory, ManifestLike
 from plugmesh_engine.weights import check_shapes, llama_shapes
 
 log = structlog.get_logger()
+
+_MADV_POPULATE_WRITE = 23  # Linux 5.14; the mmap module does not know it
 
 SPIN_US = 200
 """How long a worker waits awake for the next step: as long as the engine's own work between two steps of a large batch. An idle worker sleeps."""
@@ -116,6 +121,15 @@ class NativeKv:
         self._layout = layout
         self._all_finite = all_finite
 
+    def commit(self) -> bool:
+        """Has the system back all blocks with memory now, whatever they hold; False where it cannot be asked to (Linux before 5.14, other systems)."""
+        if not sys.platform.startswith("linux"):
+            return False
+        start, end = self.storage.ctypes.data, self.storage.ctypes.data + self.storage.nbytes
+        start += -start % mmap.PAGESIZE
+        madvise = ctypes.CDLL(None, use_errno=True).madvise
+        return int(madvise(ctypes.c_void_p(start), ctypes.c_size_t((end - start) // mmap.PAGESIZE * mmap.PAGESIZE), _MADV_POPULATE_WRITE)) == 0
+
     def zero(self, block: int) -> None:
         self.storage[block] = 0
 
@@ -183,6 +197,8 @@ class NativeExecutor:
             self.layout = tagged(_layout(kernels, model, config), tag)
             kv = NativeKv(self.layout, config.num_blocks, lambda blocks: self._native.all_finite(list(blocks)))
             self.memory, storage = kv, kv.storage
+            if config.commit_kv:
+                log.info("kv.committed", is_committed=kv.commit(), num_bytes=kv.storage.nbytes)
         cos, sin = rope_tables(c)
         shape = {
             "hidden": c.hidden_size, "intermediate": c.intermediate_size, "num_layers": c.num_layers, "num_heads": c.num_heads,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import mmap
 import pathlib
 import subprocess
 import sys
@@ -230,6 +231,25 @@ def test_a_sequence_without_finite_logits_says_so_and_harms_nobody():
     assert np.array_equal(want, result.logits[1])
     assert not e.memory.all_finite([2, 3]) and e.memory.all_finite([1, 2])
     e.close()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux")
+def test_memory_of_keys_is_committed_at_once_only_when_that_is_asked_for():
+    def resident() -> int:
+        return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+    model, _ = native_model("f32", **WIDE)
+    found = {}
+    for commit in (False, True):
+        before = resident()
+        e = executor(model, num_blocks=16_000, commit_kv=commit)
+        found[commit] = (resident() - before) / e.memory.storage.nbytes
+        assert e.memory.storage.nbytes > 30_000_000
+        assert not e.memory.storage.any()
+        e.close()
+        del e
+    assert found[False] < 0.2
+    assert found[True] > 0.9
 
 
 def test_what_lies_in_a_block_beyond_the_tokens_does_not_matter():
