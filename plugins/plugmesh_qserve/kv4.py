@@ -8,7 +8,7 @@ and needs no division by a range of zero. Source: QServe, arXiv:2405.04532, sect
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -70,7 +70,7 @@ class Memory:
         self._bytes(target)[:] = self._bytes(source)
 
     def read(self, block: int) -> memoryview:
-        return memoryview(self._bytes(block))
+        return self._bytes(block).data
 
     def write(self, block: int, data: bytes | bytearray | memoryview, num_tokens: int) -> None:
         self._bytes(block)[:] = np.frombuffer(data, np.uint8)
@@ -119,10 +119,10 @@ class Kv4:
     """Implements `plugmesh_engine.seams.KvCodec`; with a compiler by a capsule, else in numpy.
 
     Args:
-        lib: For tests: other kernels than those of this machine, or None for numpy.
+        kernels: Gives the compiled code for flags of the compiler, or None for numpy; tests give others than this machine's.
     """
 
-    def __init__(self, context: KvCodecContext, lib: ctypes.CDLL | str | None = "machine") -> None:
+    def __init__(self, context: KvCodecContext, kernels: Callable[..., ctypes.CDLL | None] = library) -> None:
         c = context.config
         if c.head_dim % 2:
             raise ConfigError(f"plugin qserve packs two channels into a byte, but the heads of this model have {c.head_dim}")
@@ -133,9 +133,9 @@ class Kv4:
             block_tokens=BLOCK_TOKENS, block_bytes=self.memory.units[0].nbytes,
         )  # fmt: skip
         self._rows: Sequence[Rows] = ()
-        self._lib: Any = library() if lib == "machine" else lib
+        self._lib: Any = kernels()
         if self._lib is not None and c.head_dim % self._lib.qserve_width():
-            self._lib = library("-DQSERVE_PORTABLE=1")
+            self._lib = kernels("-DQSERVE_PORTABLE=1")
         self._plan = np.zeros(10, np.int64)  # the struct of csrc/kv4.cpp
         self._plan[:5] = self.memory.units.ctypes.data, c.num_layers, c.num_heads, c.num_kv_heads, c.head_dim
         self._arrays: tuple[np.ndarray, ...] = ()
