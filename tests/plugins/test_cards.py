@@ -122,10 +122,13 @@ def test_a_folder_that_looks_like_a_plugin_and_is_none_harms_nobody(tmp_path, mo
     for i in range(30):  # reading one used to list all, and listing read them again
         (tmp_path / f"plugmesh_t_broken{i}").mkdir()
         (tmp_path / f"plugmesh_t_broken{i}" / "plugin.toml").write_text("slug = 3")
+    (tmp_path / "plugmesh_t_fine").mkdir()
+    (tmp_path / "plugmesh_t_fine" / "__init__.py").touch()
+    (tmp_path / "plugmesh_t_fine" / "plugin.toml").write_text(f'slug = "t_fine"\n{BASE}services = ["decode"]\nhooks = []\nfidelity = "exact"\n')
     monkeypatch.syspath_prepend(str(tmp_path))
 
-    assert "sarathi" in cards.installed()
-    with pytest.raises(ConfigError, match=r"there is no plugin 't_nowhere'; installed: .*sarathi"):
+    assert [s for s in cards.installed() if s.startswith("t_")] == ["t_fine"]
+    with pytest.raises(ConfigError, match=r"there is no plugin 't_nowhere'; installed: .*t_fine"):
         cards.read("t_nowhere")
 
 
