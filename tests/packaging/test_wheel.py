@@ -80,7 +80,7 @@ def test_data_files_are_in_the_wheel(names: set[str]) -> None:
     wanted = {"plugmesh/py.typed"} | {f"plugmesh_kernels/csrc/{p.name}" for p in (ROOT / "shared/plugmesh_kernels/csrc").iterdir()}
     for package in packages():
         wanted |= {f"{package.name}/{f}" for f in ("plugin.toml", "README.md", "py.typed") if (package / f).exists()}
-        wanted |= {str(p.relative_to(package.parent)) for end in ("ini", "mako", "html", "jinja") for p in package.rglob(f"*.{end}") if "tests" not in p.parts}
+        wanted |= {str(p.relative_to(package.parent)) for end in ("ini", "mako", "html", "jinja", "txt") for p in package.rglob(f"*.{end}") if "tests" not in p.parts}
     assert any("migrations/versions/" in n for n in names)
     assert any(n.endswith("/plugin.toml") for n in wanted)
     assert wanted - names == set()
