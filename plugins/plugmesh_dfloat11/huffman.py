@@ -63,7 +63,7 @@ def code_of(lengths: np.ndarray) -> Code:
     """The canonical code of these lengths: shorter codes first, equal ones in the order of symbols.
 
     Raises:
-        ValueError: No prefix-free code has these lengths, or one is above LIMIT.
+        ValueError: No complete prefix-free code has these lengths, or one is above LIMIT.
     """
     used = [int(s) for s in np.argsort(lengths, kind="stable") if lengths[s]]
     words = np.zeros(SYMBOLS, np.uint16)
@@ -77,6 +77,8 @@ def code_of(lengths: np.ndarray) -> Code:
             raise ValueError("the lengths belong to no prefix-free code")
         words[s] = int(f"{at:0{length}b}"[::-1], 2)
         at, previous = at + 1, length
+    if len(used) > 1 and at != 1 << previous:
+        raise ValueError("the lengths leave runs of bits that begin no code")
     return Code(lengths.astype(np.uint8), words)
 
 
@@ -134,10 +136,10 @@ def write(symbols: np.ndarray, code: Code, chunk: int) -> tuple[np.ndarray, np.n
         for _ in range(2):
             values = values[::2] | values[1::2] << widths[::2]
             widths = widths[::2] + widths[1::2]
-        widths = widths.reshape(rows, chunk // 4)
-        num_bytes = (widths.sum(1).astype(np.int64) + 7) // 8
+        by_chunk = widths.reshape(rows, chunk // 4)
+        num_bytes = (by_chunk.sum(1).astype(np.int64) + 7) // 8
         starts = np.cumsum(np.concatenate(([0], num_bytes)))
-        begins = (8 * starts[:-1, None] + np.cumsum(widths, 1).astype(np.int64) - widths.astype(np.int64)).reshape(-1)
+        begins = (8 * starts[:-1, None] + np.cumsum(by_chunk, 1).astype(np.int64) - by_chunk.astype(np.int64)).reshape(-1)
         words = np.zeros(int(starts[-1]) // 8 + 2, np.uint64)
         shift = (begins & 63).astype(np.uint64)
         spilled = np.where(shift > 0, values >> (np.uint64(64) - np.maximum(shift, 1).astype(np.uint64)), np.uint64(0))

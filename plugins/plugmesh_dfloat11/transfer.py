@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import os
 import pathlib
-import subprocess
 import sys
 import tempfile
 import time
@@ -60,9 +59,11 @@ async def _measure(model: pathlib.Path, formats: Sequence[str], rounds: int, set
             return MeshConfig.model_validate({"mesh": {"name": broker.mesh, "nats": nats, **paths}, **more})
 
         served = config("weightstore", services={"weightstore": {"plugins": ["dfloat11"], "pull": False}}, plugins={"dfloat11": settings} if settings else {})
-        environment = {**os.environ, "PLUGMESH_HOST_ID": "here", "PLUGMESH_CONFIG_JSON": served.model_dump_json(), "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+        python_path = os.pathsep.join(p for p in sys.path if p)
+        environment = {**os.environ, "PLUGMESH_HOST_ID": "here", "PLUGMESH_CONFIG_JSON": served.model_dump_json(), "PYTHONPATH": python_path}
         with (folder / "weightstore.log").open("wb") as log:
-            process = subprocess.Popen([sys.executable, "-m", "plugmesh_weightstore"], env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+            command = (sys.executable, "-m", "plugmesh_weightstore")
+            process = await asyncio.create_subprocess_exec(*command, env=environment, stdout=log, stderr=log, stdin=asyncio.subprocess.DEVNULL)
         os.environ["PLUGMESH_HOST_ID"] = "there"
         mesh = await RealMesh.connect(config("decode"), "decode")
         try:
@@ -88,7 +89,7 @@ async def _measure(model: pathlib.Path, formats: Sequence[str], rounds: int, set
             await mesh.close()
             process.terminate()
             try:
-                await asyncio.to_thread(process.wait, 20)
-            except subprocess.TimeoutExpired:
+                await asyncio.wait_for(process.wait(), 20)
+            except TimeoutError:
                 process.kill()
-                process.wait()
+                await process.wait()
