@@ -40,21 +40,23 @@ class Variant:
 
 
 _RTN = {"rotate": False, "search": False, "gptq": False}
+_WEIGHTS = {"key_alpha": 0, "kv_bits": 16}
 QUALITY = (
     Variant("float32 of the file", None, executor="torch"),
     Variant("default format", None),
     Variant("KV4 alone", {}, is_packed=False),
-    Variant("W4A8 by the paper's rule, no calibration", {**_RTN, "calibration_tokens": 0, "kv_bits": 16}),
-    Variant("W4A8 searched", {"rotate": False, "gptq": False, "key_alpha": 0, "kv_bits": 16}),
-    Variant("W4A8 searched, rotated", {"gptq": False, "key_alpha": 0, "kv_bits": 16}),
-    Variant("W4A8 searched, gptq", {"rotate": False, "key_alpha": 0, "kv_bits": 16}),
-    Variant("W4A8 searched, rotated, gptq", {"key_alpha": 0, "kv_bits": 16}),
-    Variant("W4A8 all, down projection smoothed 0.3/0.7", {"key_alpha": 0, "down_alpha": 0.3, "down_beta": 0.7, "kv_bits": 16}),
-    Variant("W4A8 all, group 32", {"key_alpha": 0, "group": 32, "kv_bits": 16}),
+    Variant("W4A8 by the paper's rule, group 64, no calibration", {**_RTN, "group": 64, "calibration_tokens": 0, "kv_bits": 16}),
+    Variant("W4A8 searched, group 64", {**_WEIGHTS, "group": 64, "rotate": False, "gptq": False}),
+    Variant("W4A8 searched, group 64, rotated", {**_WEIGHTS, "group": 64, "gptq": False}),
+    Variant("W4A8 searched, group 64, gptq", {**_WEIGHTS, "group": 64, "rotate": False}),
+    Variant("W4A8 searched, group 64, gptq, rotated", {**_WEIGHTS, "group": 64}),
+    Variant("W4A8 searched, group 32, gptq", {**_WEIGHTS, "rotate": False}),
+    Variant("W4A8 searched, group 32, gptq, rotated", _WEIGHTS),
+    Variant("W4A8 the last, down projection smoothed 0.3/0.7", {**_WEIGHTS, "down_alpha": 0.3, "down_beta": 0.7}),
     Variant("W4A8KV4, no SmoothAttention", {"key_alpha": 0}),
+    Variant("W4A8KV4, SmoothAttention 0.25", {"key_alpha": 0.25}),
     Variant("W4A8KV4, SmoothAttention 0.5", {"key_alpha": 0.5}),
-    Variant("W4A8KV4, SmoothAttention 0.7", {"key_alpha": 0.7}),
-    Variant("W4A8KV4, SmoothAttention 1.0", {"key_alpha": 1.0}),
+    Variant("W4A8KV4, SmoothAttention 0.75", {"key_alpha": 0.75}),
     Variant("W4A8KV4, as set by default", {}),
 )
 SPEED = (Variant("default format", None), Variant("KV4 alone", {}, is_packed=False), Variant("W4A8", {"kv_bits": 16}), Variant("W4A8KV4", {}))

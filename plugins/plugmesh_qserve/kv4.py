@@ -34,7 +34,7 @@ def encode(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     x = np.asarray(x, np.float32)
     finite = np.isfinite(x).all(-1)
     safe = np.where(finite[..., None], x, np.float32(0))
-    low, high = safe.min(-1), safe.max(-1)
+    low, high = safe.min(-1) + np.float32(0), safe.max(-1)  # one zero, whichever sign it has
     with np.errstate(over="ignore"):
         scales = np.minimum((high - low) / np.float32(15), _LARGEST).astype(np.float16)
     offsets = np.clip(low, -_LARGEST, _LARGEST).astype(np.float16)

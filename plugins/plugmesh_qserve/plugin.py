@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class Settings(StrictModel):
     """`[plugins.qserve]`."""
 
-    group: int = pydantic.Field(64, ge=8, le=128, multiple_of=8)
+    group: int = pydantic.Field(32, ge=8, le=128, multiple_of=8)
     rotate: bool = True
     key_alpha: float = pydantic.Field(0.5, ge=0, le=1)
     down_alpha: float = pydantic.Field(0.0, ge=0, le=1)

@@ -39,7 +39,7 @@ class Recipe:
         calibration_tokens: 0 uses no calibration at all.
     """
 
-    group: int = 64
+    group: int = 32
     is_rotated: bool = True
     key_alpha: float = 0.5
     down_alpha: float = 0.0

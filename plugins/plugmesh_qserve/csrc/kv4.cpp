@@ -80,13 +80,28 @@ float from_half(uint16_t h) {
 
 // One token of one head. The codes are chosen for the scale and offset as they are stored, rounding included.
 void store(const float* x, int dim, int token, bool is_key, uint8_t* to) {
-  float low = x[0], high = x[0];
+  // Sixteen of each at a time: a comparison lane by lane becomes a vector's, a minimum over all lanes would not.
+  float lows[16], highs[16];
+  uint32_t magnitudes[16] = {};
+  for (int j = 0; j < 16; ++j) lows[j] = highs[j] = x[0];
+  for (int i = 0; i < dim; i += 16)
+    for (int j = 0; j < std::min(16, dim - i); ++j) {
+      const float value = x[i + j];
+      uint32_t bits;
+      std::memcpy(&bits, &value, 4);
+      bits &= 0x7fffffffu;
+      magnitudes[j] = bits > magnitudes[j] ? bits : magnitudes[j];
+      lows[j] = value < lows[j] ? value : lows[j];
+      highs[j] = value > highs[j] ? value : highs[j];
+    }
+  float low = lows[0], high = highs[0];
   bool finite = true;
-  for (int i = 0; i < dim; ++i) {
-    finite &= std::fabs(x[i]) <= 3.0e38f;
-    low = x[i] < low ? x[i] : low;
-    high = x[i] > high ? x[i] : high;
+  for (int j = 0; j < 16; ++j) {
+    low = lows[j] < low ? lows[j] : low;
+    high = highs[j] > high ? highs[j] : high;
+    finite &= magnitudes[j] < 0x7f800000u;
   }
+  low += 0.0f;  // one zero, whichever sign came first
   const float limit = 65504.0f;
   const uint16_t scale = finite ? to_half(std::min(limit, (high - low) / 15.0f)) : 0x7e00;
   const uint16_t offset = finite ? to_half(std::max(-limit, std::min(limit, low))) : 0x7e00;
@@ -95,12 +110,16 @@ void store(const float* x, int dim, int token, bool is_key, uint8_t* to) {
   std::memcpy(scales + 2 * TOKENS + 2 * token, &offset, 2);
   const float s = from_half(scale), o = from_half(offset);
   const int half = dim / 2;
-  const auto code = [&](float value) {
-    if (!(s > 0.0f)) return 0;
-    return int(std::min(15.0f, std::max(0.0f, std::nearbyintf((value - o) / s))));
-  };
+  const float divisor = s > 0.0f ? s : 1.0f, top = s > 0.0f ? 15.0f : 0.0f;  // NaN is not above zero
+  thread_local std::vector<uint8_t> codes;
+  codes.resize(dim);
+  for (int i = 0; i < dim; ++i) {
+    float code = std::nearbyintf((x[i] - o) / divisor);
+    code = code > 0.0f ? code : 0.0f;  // NaN too
+    codes[i] = uint8_t(int(code < top ? code : top));
+  }
   for (int i = 0; i < half; ++i) {
-    const uint8_t both = uint8_t(code(x[i]) | code(x[i + half]) << 4);
+    const uint8_t both = uint8_t(codes[i] | codes[i + half] << 4);
     if (is_key) to[i * TOKENS + token] = both;
     else to[token * half + i] = both;
   }

@@ -10,7 +10,7 @@ class TestFormat(WeightFormatConformance):
     That the error is the codes' and nothing else's is checked in test_weights.py."""
 
     slug = "qserve"
-    settings = {"calibration_tokens": 256, "group": 32}
+    settings = {"calibration_tokens": 256}
     max_logit_error = 1.3
 
 
@@ -18,7 +18,7 @@ class TestFormatAsInThePaper(WeightFormatConformance):
     """No rotation, no search, no compensation, per group as the rule says."""
 
     slug = "qserve"
-    settings = {"calibration_tokens": 0, "rotate": False, "search": False}
+    settings = {"group": 64, "calibration_tokens": 0, "rotate": False, "search": False}
     max_logit_error = 1.6
 
 

@@ -130,7 +130,7 @@ def test_the_engine_computes_what_the_packed_values_say(tmp_path: pathlib.Path) 
     from plugmesh_engine.testing_plugins import half_rows
 
     model = random_weights(CONFIG, seed=4)
-    recipe = weights.Recipe(is_rotated=False, calibration_tokens=0, is_compensated=False)
+    recipe = weights.Recipe(group=64, is_rotated=False, calibration_tokens=0, is_compensated=False)
     manifest = write_packed(tmp_path, MemorySource(CONFIG, model), weights.record(recipe))
     stands_for = {n: quantise(w, 64).float32() if weights.is_ours(n) else w for n, w in model.items()}
     ids = list(range(1, 40))
