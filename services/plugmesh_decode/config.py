@@ -18,6 +18,7 @@ class Settings(ServiceSettings):
     weight_format: str = pydantic.Field("", max_length=24)    # a plugin's, to be loaded here and in the weightstore; empty: the executor's own
     device: str = "cpu"
     num_kv_blocks: int = pydantic.Field(1024, ge=8, le=1 << 20)
+    commit_kv: bool = False                                   # take the memory of the native executor's pool at start, not as blocks are first used
     max_num_sequences: int = pydantic.Field(64, ge=1, le=1024)
     max_tokens_per_step: int = pydantic.Field(512, ge=1, le=65536)
     max_model_len: int = pydantic.Field(0, ge=0)              # 0: the model's context length

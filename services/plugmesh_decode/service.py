@@ -147,6 +147,7 @@ class DecodeService(rpc.DecodeServicer):
         settings = self._settings
         return EngineConfig(
             executor=settings.executor, dtype=settings.dtype, kv_dtype=settings.kv_dtype, device=settings.device, num_blocks=settings.num_kv_blocks,
+            commit_kv=settings.commit_kv,
             max_num_sequences=settings.max_num_sequences, max_tokens_per_step=settings.max_tokens_per_step, max_model_len=settings.max_model_len,
             max_waiting=settings.max_waiting, prefix_cache=settings.prefix_cache, num_threads=settings.num_threads,
             max_draft_tokens=settings.max_draft_tokens, max_held=settings.max_held_sequences,

@@ -18,6 +18,7 @@ class Settings(ServiceSettings):
     weight_format: str = pydantic.Field("", max_length=24)    # a plugin's, to be loaded here and in the weightstore; empty: the executor's own
     device: str = "cpu"
     num_kv_blocks: int = pydantic.Field(520, ge=8, le=1 << 20)
+    commit_kv: bool = False                                   # take the memory of the native executor's pool at start, not as blocks are first used
     max_tokens_per_step: int = pydantic.Field(256, ge=1, le=65536)  # one chunk
     max_model_len: int = pydantic.Field(0, ge=0)
     max_jobs: int = pydantic.Field(8, ge=1, le=256)                 # taken from the queue and not yet done

@@ -82,6 +82,7 @@ class PrefillService(rpc.PrefillServicer):
         settings = self._settings
         return EngineConfig(
             executor=settings.executor, dtype=settings.dtype, kv_dtype=settings.kv_dtype, device=settings.device, num_blocks=settings.num_kv_blocks,
+            commit_kv=settings.commit_kv,
             max_num_sequences=settings.max_jobs, max_tokens_per_step=settings.max_tokens_per_step, max_model_len=settings.max_model_len,
             prefix_cache=settings.prefix_cache, num_threads=settings.num_threads,
         )
