@@ -138,7 +138,7 @@ class MillionKv:
     def attend(self, layer: int, q: np.ndarray, k: np.ndarray, v: np.ndarray, out: np.ndarray) -> None:
         if self.capsule is not None:
             made = np.empty(q.shape, np.float32)
-            self._call(layer, *(np.ascontiguousarray(x, np.float32) for x in (q, k, v)), made)
+            self._call(layer, np.ascontiguousarray(q), np.ascontiguousarray(k), np.ascontiguousarray(v), made)
             out[:] = made
             return
         k, v = pq.round_bfloat16(k), pq.round_bfloat16(v)
