@@ -1,4 +1,4 @@
-"""Perplexity and speed of the plugin's parts on a real model: `python -m plugmesh_qserve.bench [--only quality,speed] [--json FILE]`.
+"""Perplexity and speed of the plugin's parts on a real model: `python -m plugmesh_qserve.bench [--only quality,speed,kernels] [--json FILE]`.
 
 Quality is perplexity through the engine, chunk after chunk of 32 tokens, so that what a codec did to earlier keys and values is in it. Speed is a closed loop in
 this process, variants in turns. `plugmesh ab qserve` measures the plugin as a whole, with intervals; this is for what each part does.
@@ -90,11 +90,13 @@ def measure_quality(variants: Sequence[Variant], model: pathlib.Path, store: pat
     return found
 
 
-def measure_speed(variants: Sequence[Variant], model: pathlib.Path, store: pathlib.Path, rounds: int, threads: int) -> list[dict[str, Any]]:
+def measure_speed(variants: Sequence[Variant], model: pathlib.Path, store: pathlib.Path, rounds: int, threads: int, only: Sequence[str]) -> list[dict[str, Any]]:
     engines = {v.name: build(v, model, store, threads) for v in variants}
     rng = np.random.default_rng(0)
     found: list[dict[str, Any]] = []
     for load, streams, requests, prompt, out in LOADS:
+        if only and not any(text in load for text in only):
+            continue
         seconds: dict[str, list[float]] = {name: [] for name in engines}
         for round in range(rounds + 1):
             conversations = [[{"prompt": rng.integers(100, 40_000, prompt).tolist(), "max_tokens": out}] for _ in range(requests)]
@@ -114,15 +116,41 @@ def measure_speed(variants: Sequence[Variant], model: pathlib.Path, store: pathl
             found.append({
                 "load": load, "variant": name, "tokens_per_s": 1 / statistics.median(values), "ratio": statistics.median(ratios), "low": ratios[0], "high": ratios[-1],
             })  # fmt: skip
+            print(f"# {load}, {name}: {found[-1]['tokens_per_s']:.1f} tokens/s, {found[-1]['ratio']:.2f}", file=sys.stderr)
     for engine in engines.values():
         engine.close()
     return found
 
 
+def measure_kernels(repeats: int = 40) -> list[dict[str, Any]]:
+    """Best time of one linear on one thread, groups of 64, the input rotated and encoded as a layer's first linear does it."""
+    import ctypes
+
+    from plugmesh_qserve import smooth, weights
+    from plugmesh_qserve.quantise import quantise
+
+    lib, rng, pointer = weights.library(), np.random.default_rng(0), ctypes.c_void_p
+    found: list[dict[str, Any]] = []
+    for n, k in ((576, 576), (1536, 576), (576, 1536)) if lib is not None else ():
+        width = smooth.rotation_width(k)
+        data = np.frombuffer(b"".join(weights.to_bytes(quantise(rng.standard_normal((n, k)).astype(np.float32), 64, is_searched=False))), np.uint8)
+        _, context = weights.native(lib, packed := weights.Packed.read(f"{weights.NAME}/g64r{width}", (n, k), data))
+        for t in (1, 8, 64, 256):
+            x, y = rng.standard_normal((t, k)).astype(np.float32), np.empty((t, n), np.float32)
+            best = float("inf")
+            for _ in range(repeats):
+                start = time.perf_counter()
+                lib.qserve_linear(pointer(context.ctypes.data), pointer(x.ctypes.data), t, k, pointer(y.ctypes.data), n, 0, 1)
+                best = min(best, time.perf_counter() - start)
+            found.append({"n": n, "k": k, "tokens": t, "microseconds": best * 1e6, "gmac_per_s": t * packed.shape[0] * k / best / 1e9})
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="quality,speed")
+    parser.add_argument("--only", default="quality,speed,kernels")
     parser.add_argument("--variant", action="append", default=[], help="only variants whose name holds this text; repeat for several")
+    parser.add_argument("--load", action="append", default=[], help="the same of the loads of the speed part")
     parser.add_argument("--model", type=pathlib.Path, default=None)
     parser.add_argument("--store", type=pathlib.Path, default=pathlib.Path.home() / ".cache/plugmesh/bench-store", help="packed models are kept here")
     parser.add_argument("--windows", type=int, default=4)
@@ -147,10 +175,15 @@ def main() -> None:
             ratio = r["perplexity"] / result["quality"][0]["perplexity"]
             print(f"| {r['variant']} | {r['perplexity']:.2f} | {ratio:.3f} | {r['kv_bytes_per_token']:.0f} |")
     if "speed" in args.only:
-        result["speed"] = measure_speed(chosen(SPEED), model, args.store, args.rounds, args.threads)
+        result["speed"] = measure_speed(chosen(SPEED), model, args.store, args.rounds, args.threads, args.load)
         print("\n| load | variant | tokens/s | against the first |\n|---|---|---|---|")
         for r in result["speed"]:
             print(f"| {r['load']} | {r['variant']} | {r['tokens_per_s']:.1f} | {r['ratio']:.2f} ({r['low']:.2f}-{r['high']:.2f}) |")
+    if "kernels" in args.only:
+        result["kernels"] = measure_kernels()
+        print("\n| N x K | tokens | microseconds | 10^9 products/s |\n|---|---|---|---|")
+        for r in result["kernels"]:
+            print(f"| {r['n']} x {r['k']} | {r['tokens']} | {r['microseconds']:.0f} | {r['gmac_per_s']:.0f} |")
     if args.json:
         args.json.write_text(json.dumps(result, indent=1))
 

@@ -23,7 +23,7 @@
 namespace {
 
 constexpr int TOKENS = 16;
-constexpr int TILE = 4;  // rows of one sequence that read a block together
+constexpr int TILE = 8;  // rows of one sequence that read a block together
 
 // As plugmesh_qserve.kv4 fills it; every field is 8 bytes.
 struct Plan {
