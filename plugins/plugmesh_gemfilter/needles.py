@@ -19,6 +19,7 @@ class Needle:
     Attributes:
         token_ids: A chat of one message, up to where the answer starts.
         places: Of the tokens of the sentence that holds the answer. number_places: those of the answer itself. question: where the question begins.
+        answer_start, number: An answer as the model likes to begin it, up to the number, and the number.
     """
 
     token_ids: tuple[int, ...]
@@ -27,6 +28,8 @@ class Needle:
     question: int
     answer: str
     depth: float
+    answer_start: tuple[int, ...]
+    number: tuple[int, ...]
 
 
 def needle(encode: Callable[[str], list[int]], text: str, length: int, depth: float, seed: int) -> Needle:
@@ -48,4 +51,5 @@ def needle(encode: Callable[[str], list[int]], text: str, length: int, depth: fl
     ids = [*head, *hay[:at], *before, *number, *after, *hay[at:], *tail]
     first = len(head) + at
     places = range(first, first + len(before) + len(number))
-    return Needle(tuple(ids), places, range(first + len(before), places.stop), length - len(tail), answer, depth)
+    said = tuple(encode(f"The secret number of the {name} is"))
+    return Needle(tuple(ids), places, range(first + len(before), places.stop), length - len(tail), answer, depth, said, tuple(number))

@@ -8,7 +8,7 @@ import pydantic
 
 from plugmesh.config import StrictModel
 from plugmesh.hookspecs import hookimpl
-from plugmesh.records import PromptFilterContext, PromptFilterRecord
+from plugmesh.records import PromptFilterContext, PromptFilterRecord, WorkloadRecord
 
 if TYPE_CHECKING:
     from plugmesh.host import PluginContext
@@ -18,13 +18,13 @@ class Settings(StrictModel):
     """`[plugins.gemfilter]`."""
 
     layer: int = pydantic.Field(0, ge=0, le=1024)             # 0: at `depth`
-    depth: float = pydantic.Field(0.4, gt=0, lt=1)            # share of the model's layers
+    depth: float = pydantic.Field(0.6, gt=0, lt=1)            # share of the model's layers
     keep_tokens: int = pydantic.Field(1024, ge=1, le=1 << 20)
     keep_first: int = pydantic.Field(4, ge=0, le=1 << 20)     # 0, as in the paper, leaves the beginning to the scores
     keep_last: int = pydantic.Field(64, ge=0, le=1 << 20)     # 0, as in the paper, leaves the question to the scores
-    num_queries: int = pydantic.Field(1, ge=1, le=1024)       # 1 is the paper's
+    num_queries: int = pydantic.Field(32, ge=1, le=1024)       # 1 as in the paper
     pool_width: int = pydantic.Field(5, ge=1, le=1025)
-    min_prompt_tokens: int = pydantic.Field(2048, ge=1, le=1 << 20)
+    min_prompt_tokens: int = pydantic.Field(3072, ge=1, le=1 << 20)
     chunk_tokens: int = pydantic.Field(0, ge=0, le=65536)
 
     @pydantic.model_validator(mode="after")
@@ -40,6 +40,15 @@ class Settings(StrictModel):
 def register_prompt_filters(context: PluginContext) -> list[PromptFilterRecord]:
     """One filter, named "gemfilter"."""
     return [record(context.settings(Settings))]
+
+
+@hookimpl
+def register_workloads(context: PluginContext) -> list[WorkloadRecord]:
+    """Questions about long texts."""
+    context.settings(Settings)
+    from plugmesh_gemfilter.workloads import WORKLOADS
+
+    return WORKLOADS
 
 
 def record(settings: Settings) -> PromptFilterRecord:

@@ -180,12 +180,17 @@ def test_any_load_in_any_pool_gives_what_each_request_gives_alone(load: list[Arr
 
 
 def test_stage_one_gives_way_to_those_who_run_and_nobody_fails() -> None:
-    one = engine(Half(above=50), num_blocks=20)
+    one = engine(Half(above=50), num_blocks=19, chunk_tokens=8)
     one.add(request("old", 40, max_tokens=150))
-    one.step()
-    one.add(request("new", 240, seed=1))  # 15 of the 20 blocks
-    got = tokens_of(one, steps(one))
+    outputs = [one.step()]
+    one.add(request("new", 240, seed=1))  # 15 of the 19 blocks for 30 steps, in which the other one needs two more
+    sizes = []
+    while one._filtering:
+        outputs.append(one.step())
+        sizes.append(len(list(one._filtering.blocks())))
+    got = tokens_of(one, [*outputs, *steps(one)])
 
+    assert 0 in sizes[:40], "it never gave way"
     assert got["old"] == run_to_end(engine(), request("old", 40, max_tokens=150))["old"]
     assert got["new"] == run_to_end(engine(Half(above=50)), request("new", 240, seed=1))["new"]
     check_idle(one)
