@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import structlog
 
 from plugmesh.errors import InternalError
+from plugmesh.mesh.scheduling import shorten_slice
 from plugmesh_engine.engine import BlockReady, Engine, EngineRequest, StepOutput
 
 log = structlog.get_logger()
@@ -130,6 +131,7 @@ class EngineDriver:
         self._wake.set()
 
     def _run(self) -> None:
+        shorten_slice(0)  # whoever started it may have a short one
         engine = self._engine
         while not self._stopping:
             self._wake.clear()

@@ -21,6 +21,7 @@ import structlog
 
 from plugmesh.errors import ConfigError, Unavailable
 from plugmesh.mesh import subjects
+from plugmesh.mesh.scheduling import short_slice
 
 log = structlog.get_logger()
 
@@ -123,11 +124,12 @@ class EmbeddedBroker:
                 self.port = _free_port(self.host)
             config = self._write_config()
             threads = max(1, (os.cpu_count() or 1) // _CORES_PER_BROKER_THREAD)
-            self.process = subprocess.Popen(  # noqa: ASYNC220 - forking takes a millisecond, and PDEATHSIG needs this thread
-                [str(binary), "-c", str(config)], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                env={"GOMAXPROCS": str(threads), **os.environ},  # a variable that is set already wins
-                preexec_fn=_die_with_parent, start_new_session=True,  # Ctrl-C is for us: services still drain over the broker
-            )
+            with short_slice():  # it passes on what others wait for
+                self.process = subprocess.Popen(  # noqa: ASYNC220 - forking takes a millisecond, and PDEATHSIG needs this thread
+                    [str(binary), "-c", str(config)], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                    env={"GOMAXPROCS": str(threads), **os.environ},  # a variable that is set already wins
+                    preexec_fn=_die_with_parent, start_new_session=True,  # Ctrl-C is for us: services still drain over the broker
+                )
             try:
                 await self._answering(timeout_s)
             except Unavailable:

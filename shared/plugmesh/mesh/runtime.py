@@ -34,6 +34,7 @@ from plugmesh import logs
 from plugmesh.config import MeshConfig, ServiceSettings
 from plugmesh.errors import ConfigError, PlugmeshError, Unavailable
 from plugmesh.host import PluginHost
+from plugmesh.mesh import scheduling
 from plugmesh.mesh.api import Service, ServiceContext
 from plugmesh.mesh.metrics_http import MetricsServer
 from plugmesh.mesh.real import GRPC_OPTIONS, RealMesh
@@ -102,6 +103,8 @@ def _settle() -> None:
     in the middle of some step."""
     gc.collect()
     gc.freeze()
+    # Only this thread, which passes messages on, and those that it starts from now on: the engine's threads exist already.
+    scheduling.shorten_slice()
 
 
 class Instance:
