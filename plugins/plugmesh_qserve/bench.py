@@ -131,7 +131,9 @@ def measure_kernels(repeats: int = 40) -> list[dict[str, Any]]:
 
     lib, rng, pointer = weights.library(), np.random.default_rng(0), ctypes.c_void_p
     found: list[dict[str, Any]] = []
-    for n, k in ((576, 576), (1536, 576), (576, 1536)) if lib is not None else ():
+    if lib is None:
+        return found
+    for n, k in ((576, 576), (1536, 576), (576, 1536)):
         width = smooth.rotation_width(k)
         data = np.frombuffer(b"".join(weights.to_bytes(quantise(rng.standard_normal((n, k)).astype(np.float32), 64, is_searched=False))), np.uint8)
         _, context = weights.native(lib, packed := weights.Packed.read(f"{weights.NAME}/g64r{width}", (n, k), data))
