@@ -73,6 +73,8 @@ class Counters:
     held: prometheus_client.Gauge
     forks: prometheus_client.Gauge
     scored: prometheus_client.Gauge
+    filtered: prometheus_client.Gauge
+    filter_errors: prometheus_client.Gauge
 
     @classmethod
     def make(cls, metrics: Metrics) -> Counters:
@@ -91,6 +93,8 @@ class Counters:
             held=metrics.gauge("engine_held_sequences", "Finished sequences that are held to fork from"),
             forks=metrics.gauge("engine_forks", "Requests since the start that went on from another one's sequence"),
             scored=metrics.gauge("engine_scored_tokens", "Given tokens since the start whose log-probabilities were told"),
+            filtered=metrics.gauge("engine_filtered_prompts", "Prompts since the start of which a filter chose the tokens that were read"),
+            filter_errors=metrics.gauge("engine_filter_errors", "Prompts since the start that were read whole because the filter failed"),
         )
 
     def show(self, stats: EngineStats) -> None:
@@ -108,6 +112,8 @@ class Counters:
         self.held.set(stats.num_held)
         self.forks.set(stats.num_forks)
         self.scored.set(stats.num_scored_tokens)
+        self.filtered.set(stats.num_filtered_prompts)
+        self.filter_errors.set(stats.num_filter_errors)
 
 
 class DecodeService(rpc.DecodeServicer):
