@@ -12,14 +12,15 @@ import plugmesh_kernels
 from plugmesh import models
 from plugmesh.errors import DataLoss, FailedPrecondition, PluginError
 from plugmesh.types import SamplingParams
-from plugmesh_dfloat11 import native, samples
+from plugmesh_dfloat11 import container, layout, native, samples
 from plugmesh_dfloat11.plugin import Settings
 from plugmesh_dfloat11.weights import compressed, plain, uses_tiles
-from plugmesh_engine import EngineConfig, EnginePlugins, EngineRequest, build_engine, load_model
+from plugmesh_engine import EngineConfig, EnginePlugins, EngineRequest, build_engine, capsules, load_model
 from plugmesh_engine.batch import Rows
 from plugmesh_engine.bench import load_manifest
 from plugmesh_engine.testing import random_weights, run_to_end, tiny_config
 from plugmesh_engine.testing_plugins import MemorySource, write_packed
+from plugmesh_kernels import jit
 
 HAS_TILES = uses_tiles(Settings())
 WAYS = [pytest.param("tiles", marks=pytest.mark.skipif(not HAS_TILES, reason="no AVX512_BF16 or no compiler")), "layers"]
@@ -203,3 +204,28 @@ def test_a_copy_to_another_host_moves_the_compressed_bytes(tmp_path):
     copied = {c.format: c for c in transfer.measure(folder, ["dfloat11-plain", "dfloat11"], rounds=1)}
 
     assert 0.64 < copied["dfloat11"].num_bytes / copied["dfloat11-plain"].num_bytes < 0.70
+
+
+@pytest.mark.skipif(not HAS_TILES, reason="no AVX512_BF16 or no compiler")
+@pytest.mark.parametrize("num_rows", [1, 12, 13, 300])
+def test_a_product_in_tiles_rounds_its_input_as_the_native_kernel_does(num_rows):
+    """Ties, NaN, infinities and denormals, which activations of a random model hardly meet."""
+    n, k = 70, 100
+    rng = np.random.default_rng(num_rows)
+    values = layout.packed(rng.standard_normal((n, k), np.float32))
+    x = rng.standard_normal((num_rows, k), np.float32)
+    x.view(np.uint32)[:, ::2] = x.view(np.uint32)[:, ::2] & 0xFFFF0000 | 0x8000  # halfway between two bfloat16
+    x[0, :4] = (1e-40, -1e-39, 3.4e38, 1e-45)
+    if num_rows > 1:
+        x[-1, 5], x[num_rows // 2, 7] = np.nan, np.inf
+    kernels = plugmesh_kernels.native()
+    want, got = np.zeros((2, num_rows, n), np.float32)
+    kernels.linear("avx512", 2, n, k, values.view(np.uint8), kernels.LinearInput("avx512", x), want)
+    one = container.parse(np.frombuffer(container.encode(values), np.uint8))
+    about = native.describe(one)
+    context = np.array([about.ctypes.data, 0], np.uint64)
+    multiply = capsules.linear(jit.capsule(native.library().functions.df11_linear, "plugmesh.linear.v2", context.ctypes.data))
+    multiply(x, got)
+
+    assert np.isfinite(want).any() and np.isnan(want).any() == (num_rows > 1)
+    assert np.array_equal(got, want, equal_nan=True)
