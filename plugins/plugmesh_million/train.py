@@ -1,7 +1,8 @@
 """Trains codebooks on the KV of a text: `python -m plugmesh_million.train`.
 
-Keys are taken after RoPE, as they are stored. Each window of text is moved to a random place of the context first, because slow pairs of RoPE turn keys
-elsewhere at position 7,000 than at position 100, and a centroid must be near there, too.
+Keys are taken after RoPE, as they are stored, but each is turned to a place of its own that is drawn over the whole context: slow pairs of RoPE turn keys
+elsewhere at position 7,000 than at position 100, and a centroid must be near wherever a key may be. Places of whole windows would be too few: where no window
+lay, such keys are far from every centroid, and the output is of no use.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 Scope = Literal["head", "layer", "merged"]
-VERSION = 1  # of training and of the file; part of the file's name
+VERSION = 2  # of training and of the file; part of the file's name
 POINTS = 16384  # that one codebook is trained on, at most
 BATCH = 1024  # tokens whose inputs of all linears are in memory at once
 
@@ -107,7 +108,7 @@ def _assign_native(points: np.ndarray, book: np.ndarray) -> np.ndarray:
 
 
 def kv_of(config: ModelConfig, weights: dict[str, np.ndarray], token_ids: Sequence[int], seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """K after RoPE at random places of the context, and V, of a text in windows: each (layers, T, kv_heads, head_dim) float32."""
+    """K after RoPE, each at a random place of the context, and V, of a text in windows: each (layers, T, kv_heads, head_dim) float32."""
     from plugmesh_engine import calibration
     from plugmesh_engine.model.rope import rope_tables
 
@@ -119,10 +120,7 @@ def kv_of(config: ModelConfig, weights: dict[str, np.ndarray], token_ids: Sequen
     for start in range(0, len(token_ids), BATCH):
         ids = token_ids[start : start + BATCH]
         inputs = calibration.linear_inputs(c, weights.__getitem__, ids)
-        positions = np.concatenate([
-            rng.integers(0, max(1, c.max_position - calibration.WINDOW)) + np.arange(min(calibration.WINDOW, len(ids) - a))
-            for a in range(0, len(ids), calibration.WINDOW)
-        ]) % c.max_position  # fmt: skip
+        positions = (rng.random(len(ids)) ** 2 * c.max_position).astype(np.int64)  # a quarter of them in the first sixteenth, where most requests are
         at = slice(start, start + len(ids))
         for i in range(c.num_layers):
             name = f"model.layers.{i}.self_attn."

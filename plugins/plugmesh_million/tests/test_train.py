@@ -164,4 +164,4 @@ def test_codebooks_of_the_default_model_keep_its_perplexity(tmp_path: pathlib.Pa
         nll.append(bench.nll(executor, ids).mean())
         executor.close()
 
-    assert 0 < nll[1] - nll[0] < 0.25
+    assert 0 < nll[1] - nll[0] < 0.25, nll
