@@ -15,6 +15,7 @@ from typing import Any
 import structlog
 
 from plugmesh.errors import FailedPrecondition, InvalidRequest, LimitExceeded, Overloaded, Unavailable
+from plugmesh.mesh.scheduling import short_slice
 
 log = structlog.get_logger()
 
@@ -42,10 +43,11 @@ class _Worker:
         # A short environment: the process sees no credential. It needs the import path to find jinja2.
         env = {key: os.environ[key] for key in ("PATH", "LANG", "LC_ALL", "TZ") if key in os.environ}
         env |= {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "PYTHONDONTWRITEBYTECODE": "1"}
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-P", str(_WORKER), str(memory_bytes), str(timeout_s),
-            stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL, env=env, cwd="/",
-        )
+        with short_slice():  # a request waits for it
+            process = await asyncio.create_subprocess_exec(
+                sys.executable, "-P", str(_WORKER), str(memory_bytes), str(timeout_s),
+                stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL, env=env, cwd="/",
+            )
         worker = cls(process)
         try:
             # The first answer tells that imports are over, so that they do not count against a template's time.

@@ -29,6 +29,7 @@ from plugmesh.errors import (
     PermissionDenied,
     Unavailable,
 )
+from plugmesh.host import PluginHost
 from plugmesh.mesh.api import ServiceContext
 from plugmesh.mesh.hostid import host_id
 from plugmesh.mesh.rpc.interceptor import ErrorInterceptor
@@ -86,7 +87,9 @@ async def start(tmp_path: Path) -> AsyncIterator[Start]:
             mesh = MeshSettings(model=model, data_dir=tmp_path / "data", cache_dir=tmp_path / "cache")
             registry = prometheus_client.CollectorRegistry()
             settings = {"allowed_roots": (tmp_path,), "pull": False} | settings
-            service = create(ServiceContext("weightstore", None, MeshConfig(mesh=mesh), Settings(**settings), None, registry))  # type: ignore[arg-type]
+            config = MeshConfig(mesh=mesh)
+            plugins = PluginHost.load([], config, service="weightstore")
+            service = create(ServiceContext("weightstore", None, config, Settings(**settings), plugins, registry))  # type: ignore[arg-type]
             stack.push_async_callback(service.stop)
             await service.start()
             server = grpc.aio.server(interceptors=[ErrorInterceptor()])

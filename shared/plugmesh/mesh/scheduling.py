@@ -45,12 +45,16 @@ def shorten_slice(slice_ns: int = SHORT_SLICE_NS) -> bool:
 @contextlib.contextmanager
 def short_slice() -> Iterator[None]:
     """Processes and threads that are started within have the short slice."""
+    try:
+        before = slice_of_thread()
+    except OSError:
+        before = 0
     was_shortened = shorten_slice()
     try:
         yield
     finally:
         if was_shortened:
-            shorten_slice(0)
+            shorten_slice(before)
 
 
 def slice_of_thread() -> int:

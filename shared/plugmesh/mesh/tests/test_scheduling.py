@@ -37,7 +37,14 @@ def test_a_thread_and_what_it_starts_have_the_slice_and_others_do_not(in_thread)
             mine, inherited = scheduling.slice_of_thread(), in_thread(scheduling.slice_of_thread)
         return mine, inherited, scheduling.slice_of_thread()
 
+    def already_short() -> int:
+        scheduling.shorten_slice()
+        with scheduling.short_slice():
+            pass
+        return scheduling.slice_of_thread()
+
     assert in_thread(within) == (scheduling.SHORT_SLICE_NS, scheduling.SHORT_SLICE_NS, before)
+    assert in_thread(already_short) == scheduling.SHORT_SLICE_NS
     assert scheduling.slice_of_thread() == before
 
 
