@@ -250,15 +250,15 @@ async def test_the_end_of_a_session_releases_what_its_requests_held(rig):
 
 
 async def test_a_hold_ends_a_while_after_its_last_use_and_a_name_in_use_is_refused(manifest, tmp_path):
-    async with a_rig(manifest, tmp_path, "local", hold_ttl_s=0.3) as rig:
+    async with a_rig(manifest, tmp_path, "local", hold_ttl_s=2.0) as rig:
         parent = await rig.client.generate(prompt(20), request_id="p", hold=True, max_tokens=3, **GREEDY)
         with pytest.raises(AlreadyExists):
             await rig.client.generate(prompt(20), request_id="p", max_tokens=3, **GREEDY)
-        for _ in range(4):  # each use begins its time anew
-            await asyncio.sleep(0.1)
+        for _ in range(4):  # longer than its time, were it not that each use begins it anew
+            await asyncio.sleep(0.6)
             await rig.client.fork(parent, [5], max_tokens=1, **GREEDY)
         assert (await rig.stats()).num_held == 1
-        await asyncio.sleep(0.4)
+        await asyncio.sleep(2.5)
         with pytest.raises(NotFound):
             await rig.client.fork(parent, [5], max_tokens=1, **GREEDY)
 
