@@ -262,8 +262,8 @@ class Generator:
         if g.request.HasField("fork"):
             point = g.request.fork
             num_tokens = point.num_tokens if point.HasField("num_tokens") else None
+            self.held.touch(point.request_id)  # not after the call: a short fork may have ended by then, and this task with it
             g.num_prompt += await self.driver.call(lambda engine: engine.fork(point.request_id, point.sequence, request, num_tokens))
-            self.held.touch(point.request_id)
         else:
             await self.driver.submit(request)
         self._counters.prefills.labels(g.prefill).inc()
