@@ -47,7 +47,14 @@ _bind()
 def test_plugins_were_found() -> None:
     """All that lie in the tree, whichever they are, and the example."""
     assert {p.parent.name.removeprefix("plugmesh_") for p in (ROOT / "plugins").glob("plugmesh_*/plugin.toml")} | {"hello"} <= set(SLUGS)
-    assert len([n for n in globals() if n.startswith("Test_")]) >= len(SLUGS)
+
+
+@pytest.mark.parametrize("slug", SLUGS)
+def test_each_suite_of_a_plugin_runs_here_or_among_its_own_tests(slug: str) -> None:
+    bound = {base.__name__ for name, c in globals().items() if name.startswith(f"Test_{slug}_") for base in c.__bases__}
+    wanted = {"CardConformance"} | {SUITES[h].__name__ for h in cards.read(slug).hooks if h in SUITES}
+
+    assert wanted - bound - own_suites(slug) == set()
 
 
 @pytest.mark.parametrize("slug", SLUGS)
