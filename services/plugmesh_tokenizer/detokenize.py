@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from plugmesh.errors import InvalidRequest
-from plugmesh_tokenizer.load import Vocabulary
+from plugmesh.tokenization.load import Vocabulary
 
 
 def decode(vocabulary: Vocabulary, token_ids: Sequence[int], *, skip_special_tokens: bool) -> tuple[str, list[bytes]]:

@@ -11,9 +11,9 @@ import structlog
 
 from plugmesh.errors import PlugmeshError
 from plugmesh.mesh.api import Mesh
-from plugmesh_tokenizer import fetch
-from plugmesh_tokenizer.encode import Encoder
-from plugmesh_tokenizer.load import Vocabulary, load_vocabulary
+from plugmesh.tokenization import fetch
+from plugmesh.tokenization.encode import Encoder
+from plugmesh.tokenization.load import Vocabulary, load_vocabulary
 
 log = structlog.get_logger()
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from plugmesh.errors import InvalidRequest, LimitExceeded
-from plugmesh_tokenizer.encode import clean_text
+from plugmesh.tokenization.encode import clean_text
 
 # Unicode noncharacters: never in text on purpose, and not white space, so `trim` leaves them.
 _MARKS = [chr(c) for c in range(0xFDD0, 0xFDF0)]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from plugmesh.errors import FailedPrecondition, InvalidRequest, LimitExceeded
-from plugmesh_tokenizer.load import Vocabulary
+from plugmesh.tokenization.load import Vocabulary
 from plugmesh_tokenizer.provenance import Marker, clean_value, map_strings, strings_of, unused_mark
 from plugmesh_tokenizer.render import pack_request
 

@@ -40,6 +40,8 @@ LAYERS = {
     "plugmesh.mesh": 3,
     "plugmesh.kv": 3,
     "plugmesh.client": 3,
+    "plugmesh.tokenization": 4,
+    "plugmesh.grammar": 4,
     "plugmesh_kernels": 4,
     "plugmesh_engine": 5,
     "plugmesh.supervisor": 6,

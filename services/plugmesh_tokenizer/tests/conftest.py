@@ -5,7 +5,7 @@ import json
 import pytest
 
 from plugmesh import models
-from plugmesh_tokenizer.load import GGUF_ASSET, load_vocabulary
+from plugmesh.tokenization.load import GGUF_ASSET, load_vocabulary
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

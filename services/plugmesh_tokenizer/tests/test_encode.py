@@ -10,9 +10,9 @@ import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from plugmesh_tokenizer.encode import Encoder
-from plugmesh_tokenizer.load import GGUF_ASSET, load_vocabulary
-from plugmesh_tokenizer.pretokenize import PRE_TOKENIZERS
+from plugmesh.tokenization.encode import Encoder
+from plugmesh.tokenization.load import GGUF_ASSET, load_vocabulary
+from plugmesh.tokenization.pretokenize import PRE_TOKENIZERS
 
 FIXTURE = json.loads(pathlib.Path(__file__).with_name("reference_ids.json").read_text())
 ALPHABET = {b: c for b, c in zip(

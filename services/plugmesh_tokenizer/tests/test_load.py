@@ -5,9 +5,9 @@ import json
 import pytest
 
 from plugmesh.errors import CorruptModelFile
-from plugmesh_tokenizer.encode import Encoder
-from plugmesh_tokenizer.load import GGUF_ASSET, load_vocabulary
-from plugmesh_tokenizer.pretokenize import PRE_TOKENIZERS
+from plugmesh.tokenization.encode import Encoder
+from plugmesh.tokenization.load import GGUF_ASSET, load_vocabulary
+from plugmesh.tokenization.pretokenize import PRE_TOKENIZERS
 
 
 def load(meta, **more):

@@ -24,11 +24,11 @@ from plugmesh.errors import (
 )
 from plugmesh.mesh.api import ServiceContext
 from plugmesh.mesh.hostid import host_id
+from plugmesh.tokenization.encode import Encoder
 from plugmesh.types import InstanceInfo
 from plugmesh_proto.v1 import tokenizer_pb2 as pb
 from plugmesh_proto.v1 import tokenizer_pb2_grpc, weightstore_pb2, weightstore_pb2_grpc
 from plugmesh_tokenizer.config import Settings
-from plugmesh_tokenizer.encode import Encoder
 from plugmesh_tokenizer.service import create
 
 

@@ -10,8 +10,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from plugmesh.errors import FailedPrecondition, InvalidRequest, LimitExceeded, Overloaded
+from plugmesh.tokenization.encode import Encoder
 from plugmesh_tokenizer import render_worker
-from plugmesh_tokenizer.encode import Encoder
 from plugmesh_tokenizer.provenance import Marker
 from plugmesh_tokenizer.render import Renderer, _WorkerDied, pack_request
 from plugmesh_tokenizer.template import Message, parse_json, prepare_chat
@@ -106,7 +106,7 @@ def test_the_weaker_marking_also_breaks_a_control_token_across_a_border(cut):
 
 
 def test_a_known_role_may_be_part_of_the_templates_token(tiny_meta, tiny):
-    import plugmesh_tokenizer.load as load
+    import plugmesh.tokenization.load as load
 
     tokens = [*tiny_meta["tokenizer.ggml.tokens"], "<|user|>", "<|end|>"]
     vocabulary = load.load_vocabulary({load.GGUF_ASSET: json.dumps(tiny_meta | {

@@ -18,7 +18,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # our own threads shar
 import tokenizers
 
 from plugmesh.errors import CorruptModelFile
-from plugmesh_tokenizer.pretokenize import PRE_TOKENIZERS
+from plugmesh.tokenization.pretokenize import PRE_TOKENIZERS
 
 GGUF_ASSET = "tokenizer.gguf.json"
 HF_ASSET = "tokenizer.json"

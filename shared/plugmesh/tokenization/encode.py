@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from plugmesh_tokenizer.load import Vocabulary
+from plugmesh.tokenization.load import Vocabulary
 
 
 def clean_text(text: str) -> str:
