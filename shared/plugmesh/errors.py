@@ -73,6 +73,10 @@ class LimitExceeded(InvalidRequest):
     """A documented limit (n, stop strings, logit_bias entries, messages, max_tokens) was exceeded."""
 
 
+class UnsupportedGrammar(InvalidRequest):
+    """A grammar is malformed or cannot be enforced exactly; `fields` hold "keyword" and "path" (JSON Pointer) of a schema's part at fault."""
+
+
 class PayloadTooLarge(InvalidRequest):
     """A body or message is larger than its cap."""
 
@@ -138,6 +142,10 @@ class DeadlineExceeded(PlugmeshError):
 
     http_status = 504
     grpc_status = "DEADLINE_EXCEEDED"
+
+
+class GrammarTimeout(DeadlineExceeded):
+    """A grammar took too long to compile; it may be valid."""
 
 
 class Cancelled(PlugmeshError):

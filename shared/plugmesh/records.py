@@ -17,6 +17,8 @@ from plugmesh.types import FinishReason, InstanceInfo, KvLayout, ModelConfig, Sa
 if TYPE_CHECKING:
     import numpy as np
 
+    from plugmesh.grammar.seams import GrammarEngine, GrammarVocabulary
+
 PrefillMode = Literal["auto", "local", "remote"]
 
 
@@ -647,3 +649,19 @@ class KvCodecRecord:
 
     name: str
     build: Callable[[KvCodecContext], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class GrammarEngineRecord:
+    """Compiles grammars and matches tokens against them.
+
+    Attributes:
+        version: Of everything that decides what a compiled form means; another version compiles anew.
+        languages: Grammar languages that it takes: "ebnf" (GBNF), "regex", "lark" (llguidance's), "structural_tag" (xgrammar's JSON), "json_schema".
+        build: Called once per process and tokenizer; returns a `plugmesh.grammar.seams.GrammarEngine`. May raise Unavailable when its library is not installed.
+    """
+
+    name: str
+    version: str
+    languages: frozenset[str]
+    build: Callable[[GrammarVocabulary], GrammarEngine]

@@ -42,6 +42,8 @@ LAYERS = {
     "plugmesh.client": 3,
     "plugmesh.tokenization": 4,
     "plugmesh.grammar": 4,
+    "plugmesh.grammar.spec": 0,
+    "plugmesh.grammar.seams": 0,
     "plugmesh_kernels": 4,
     "plugmesh_engine": 5,
     "plugmesh.supervisor": 6,

@@ -23,11 +23,12 @@ _sym_db = _symbol_database.Default()
 
 
 from plugmesh_proto.v1 import common_pb2 as plugmesh__proto_dot_v1_dot_common__pb2
+from plugmesh_proto.v1 import grammar_pb2 as plugmesh__proto_dot_v1_dot_grammar__pb2
 from plugmesh_proto.v1 import kvstore_pb2 as plugmesh__proto_dot_v1_dot_kvstore__pb2
 from plugmesh_proto.v1 import prefill_pb2 as plugmesh__proto_dot_v1_dot_prefill__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1eplugmesh_proto/v1/decode.proto\x12\x11plugmesh_proto.v1\x1a\x1eplugmesh_proto/v1/common.proto\x1a\x1fplugmesh_proto/v1/kvstore.proto\x1a\x1fplugmesh_proto/v1/prefill.proto\"\xdc\x04\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\x05\x12\x33\n\x08sampling\x18\x04 \x01(\x0b\x32!.plugmesh_proto.v1.SamplingParams\x12\x10\n\x08priority\x18\x05 \x01(\x05\x12\x17\n\x0f\x64\x65\x61\x64line_unix_s\x18\x06 \x01(\x01\x12\x44\n\x0cprefill_mode\x18\x07 \x01(\x0e\x32..plugmesh_proto.v1.GenerateRequest.PrefillMode\x12\x32\n\x06resume\x18\x08 \x03(\x0b\x32\".plugmesh_proto.v1.GeneratedPrefix\x12\x17\n\x0fno_prefix_cache\x18\t \x01(\x08\x12<\n\x05trace\x18\n \x03(\x0b\x32-.plugmesh_proto.v1.GenerateRequest.TraceEntry\x12\x18\n\x10prefill_instance\x18\x0b \x01(\t\x12*\n\x04\x66ork\x18\x0c \x01(\x0b\x32\x1c.plugmesh_proto.v1.ForkPoint\x12\x0c\n\x04hold\x18\r \x01(\x08\x12\x18\n\x10max_total_tokens\x18\x0e \x01(\x05\x1a,\n\nTraceEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"F\n\x0bPrefillMode\x12\x10\n\x0cPREFILL_AUTO\x10\x00\x12\x11\n\rPREFILL_LOCAL\x10\x01\x12\x12\n\x0ePREFILL_REMOTE\x10\x02\"Y\n\tForkPoint\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x05\x12\x17\n\nnum_tokens\x18\x03 \x01(\x05H\x00\x88\x01\x01\x42\r\n\x0b_num_tokens\"\x1e\n\tTokenList\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\"\xff\x01\n\x0cScoreRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\x05\x12\x33\n\rcontinuations\x18\x04 \x03(\x0b\x32\x1c.plugmesh_proto.v1.TokenList\x12\x14\n\x0ctop_logprobs\x18\x05 \x01(\x05\x12\x10\n\x08priority\x18\x06 \x01(\x05\x12\x17\n\x0f\x64\x65\x61\x64line_unix_s\x18\x07 \x01(\x01\x12\x17\n\x0fno_prefix_cache\x18\x08 \x01(\x08\x12*\n\x04\x66ork\x18\t \x01(\x0b\x32\x1c.plugmesh_proto.v1.ForkPoint\"\xbc\x01\n\nTapRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\x05\x12\x0e\n\x06layers\x18\x04 \x03(\x05\x12\x11\n\tpositions\x18\x05 \x03(\x05\x12\x10\n\x08priority\x18\x06 \x01(\x05\x12\x17\n\x0f\x64\x65\x61\x64line_unix_s\x18\x07 \x01(\x01\x12*\n\x04\x66ork\x18\x08 \x01(\x0b\x32\x1c.plugmesh_proto.v1.ForkPoint\"Q\n\x08TapFrame\x12\r\n\x05layer\x18\x01 \x01(\x05\x12\x11\n\tpositions\x18\x02 \x03(\x05\x12\x0e\n\x06values\x18\x03 \x01(\x0c\x12\x13\n\x0bhidden_size\x18\x04 \x01(\x05\"(\n\x12ReleaseHoldRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"$\n\x10ReleaseHoldReply\x12\x10\n\x08released\x18\x01 \x01(\x08\"H\n\x0fGeneratedPrefix\x12\x10\n\x08sequence\x18\x01 \x01(\x05\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12\x10\n\x08\x66inished\x18\x03 \x01(\x08\"\xbe\x01\n\rDecodeCommand\x12\x34\n\x06submit\x18\x01 \x01(\x0b\x32\".plugmesh_proto.v1.GenerateRequestH\x00\x12\x32\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32 .plugmesh_proto.v1.CancelRequestH\x00\x12\x38\n\x07release\x18\x03 \x01(\x0b\x32%.plugmesh_proto.v1.ReleaseHoldRequestH\x00\x42\t\n\x07\x63ommand\"K\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x05\x12\x14\n\x0cone_sequence\x18\x03 \x01(\x08\"E\n\nTokenFrame\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12)\n\x04rows\x18\x02 \x03(\x0b\x32\x1b.plugmesh_proto.v1.TokenRow\"\xba\x02\n\x08TokenRow\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x05\x12\r\n\x05index\x18\x03 \x01(\x05\x12,\n\x06tokens\x18\x04 \x03(\x0b\x32\x1c.plugmesh_proto.v1.TokenInfo\x12\x36\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x1f.plugmesh_proto.v1.FinishReason\x12+\n\x05\x65rror\x18\x06 \x01(\x0b\x32\x1c.plugmesh_proto.v1.ErrorInfo\x12\x14\n\x0crequest_done\x18\x07 \x01(\x08\x12\'\n\x05usage\x18\x08 \x01(\x0b\x32\x18.plugmesh_proto.v1.Usage\x12\x0f\n\x07prefill\x18\t \x01(\t\x12\x16\n\x0eweight_version\x18\n \x01(\t\"*\n\x12ReportPrefillReply\x12\x14\n\x0cstill_wanted\x18\x01 \x01(\x08\"\x15\n\x13\x44\x65\x63odeStatusRequest\"\xd5\x02\n\x0c\x44\x65\x63odeStatus\x12\x13\n\x0bnum_running\x18\x01 \x01(\x05\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\x05\x12\x1a\n\x12num_pending_tokens\x18\x03 \x01(\x03\x12\x16\n\x0ekv_blocks_used\x18\x04 \x01(\x03\x12\x18\n\x10kv_blocks_cached\x18\x05 \x01(\x03\x12\x17\n\x0fkv_blocks_total\x18\x06 \x01(\x03\x12\x18\n\x10kv_blocks_leaked\x18\x07 \x01(\x03\x12\x11\n\tnum_steps\x18\x08 \x01(\x03\x12\x1c\n\x14num_tokens_generated\x18\t \x01(\x03\x12\x16\n\x0eweight_version\x18\n \x01(\t\x12\r\n\x05model\x18\x0b \x01(\t\x12\x15\n\rmax_model_len\x18\x0c \x01(\x05\x12+\n\x06layout\x18\r \x01(\x0b\x32\x1b.plugmesh_proto.v1.KvLayout2\x95\x05\n\x06\x44\x65\x63ode\x12O\n\x08Generate\x12\".plugmesh_proto.v1.GenerateRequest\x1a\x1d.plugmesh_proto.v1.TokenFrame0\x01\x12N\n\x07Session\x12 .plugmesh_proto.v1.DecodeCommand\x1a\x1d.plugmesh_proto.v1.TokenFrame(\x01\x30\x01\x12W\n\rReportPrefill\x12\x1f.plugmesh_proto.v1.PrefillEvent\x1a%.plugmesh_proto.v1.ReportPrefillReply\x12Q\n\x06Status\x12&.plugmesh_proto.v1.DecodeStatusRequest\x1a\x1f.plugmesh_proto.v1.DecodeStatus\x12S\n\nKvSnapshot\x12\".plugmesh_proto.v1.SnapshotRequest\x1a\x1f.plugmesh_proto.v1.SnapshotPage0\x01\x12I\n\x05Score\x12\x1f.plugmesh_proto.v1.ScoreRequest\x1a\x1d.plugmesh_proto.v1.TokenFrame0\x01\x12\x43\n\x03Tap\x12\x1d.plugmesh_proto.v1.TapRequest\x1a\x1b.plugmesh_proto.v1.TapFrame0\x01\x12Y\n\x0bReleaseHold\x12%.plugmesh_proto.v1.ReleaseHoldRequest\x1a#.plugmesh_proto.v1.ReleaseHoldReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1eplugmesh_proto/v1/decode.proto\x12\x11plugmesh_proto.v1\x1a\x1eplugmesh_proto/v1/common.proto\x1a\x1fplugmesh_proto/v1/grammar.proto\x1a\x1fplugmesh_proto/v1/kvstore.proto\x1a\x1fplugmesh_proto/v1/prefill.proto\"\x8c\x05\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\x05\x12\x33\n\x08sampling\x18\x04 \x01(\x0b\x32!.plugmesh_proto.v1.SamplingParams\x12\x10\n\x08priority\x18\x05 \x01(\x05\x12\x17\n\x0f\x64\x65\x61\x64line_unix_s\x18\x06 \x01(\x01\x12\x44\n\x0cprefill_mode\x18\x07 \x01(\x0e\x32..plugmesh_proto.v1.GenerateRequest.PrefillMode\x12\x32\n\x06resume\x18\x08 \x03(\x0b\x32\".plugmesh_proto.v1.GeneratedPrefix\x12\x17\n\x0fno_prefix_cache\x18\t \x01(\x08\x12<\n\x05trace\x18\n \x03(\x0b\x32-.plugmesh_proto.v1.GenerateRequest.TraceEntry\x12\x18\n\x10prefill_instance\x18\x0b \x01(\t\x12*\n\x04\x66ork\x18\x0c \x01(\x0b\x32\x1c.plugmesh_proto.v1.ForkPoint\x12\x0c\n\x04hold\x18\r \x01(\x08\x12\x18\n\x10max_total_tokens\x18\x0e \x01(\x05\x12.\n\x07grammar\x18\x0f \x01(\x0b\x32\x1d.plugmesh_proto.v1.GrammarUse\x1a,\n\nTraceEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"F\n\x0bPrefillMode\x12\x10\n\x0cPREFILL_AUTO\x10\x00\x12\x11\n\rPREFILL_LOCAL\x10\x01\x12\x12\n\x0ePREFILL_REMOTE\x10\x02\"G\n\nGrammarUse\x12\x0b\n\x03key\x18\x01 \x01(\t\x12,\n\x04spec\x18\x02 \x01(\x0b\x32\x1e.plugmesh_proto.v1.GrammarSpec\"Y\n\tForkPoint\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x05\x12\x17\n\nnum_tokens\x18\x03 \x01(\x05H\x00\x88\x01\x01\x42\r\n\x0b_num_tokens\"\x1e\n\tTokenList\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\"\xff\x01\n\x0cScoreRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\x05\x12\x33\n\rcontinuations\x18\x04 \x03(\x0b\x32\x1c.plugmesh_proto.v1.TokenList\x12\x14\n\x0ctop_logprobs\x18\x05 \x01(\x05\x12\x10\n\x08priority\x18\x06 \x01(\x05\x12\x17\n\x0f\x64\x65\x61\x64line_unix_s\x18\x07 \x01(\x01\x12\x17\n\x0fno_prefix_cache\x18\x08 \x01(\x08\x12*\n\x04\x66ork\x18\t \x01(\x0b\x32\x1c.plugmesh_proto.v1.ForkPoint\"\xbc\x01\n\nTapRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\x05\x12\x0e\n\x06layers\x18\x04 \x03(\x05\x12\x11\n\tpositions\x18\x05 \x03(\x05\x12\x10\n\x08priority\x18\x06 \x01(\x05\x12\x17\n\x0f\x64\x65\x61\x64line_unix_s\x18\x07 \x01(\x01\x12*\n\x04\x66ork\x18\x08 \x01(\x0b\x32\x1c.plugmesh_proto.v1.ForkPoint\"Q\n\x08TapFrame\x12\r\n\x05layer\x18\x01 \x01(\x05\x12\x11\n\tpositions\x18\x02 \x03(\x05\x12\x0e\n\x06values\x18\x03 \x01(\x0c\x12\x13\n\x0bhidden_size\x18\x04 \x01(\x05\"(\n\x12ReleaseHoldRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"$\n\x10ReleaseHoldReply\x12\x10\n\x08released\x18\x01 \x01(\x08\"H\n\x0fGeneratedPrefix\x12\x10\n\x08sequence\x18\x01 \x01(\x05\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12\x10\n\x08\x66inished\x18\x03 \x01(\x08\"\xbe\x01\n\rDecodeCommand\x12\x34\n\x06submit\x18\x01 \x01(\x0b\x32\".plugmesh_proto.v1.GenerateRequestH\x00\x12\x32\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32 .plugmesh_proto.v1.CancelRequestH\x00\x12\x38\n\x07release\x18\x03 \x01(\x0b\x32%.plugmesh_proto.v1.ReleaseHoldRequestH\x00\x42\t\n\x07\x63ommand\"K\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x05\x12\x14\n\x0cone_sequence\x18\x03 \x01(\x08\"E\n\nTokenFrame\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12)\n\x04rows\x18\x02 \x03(\x0b\x32\x1b.plugmesh_proto.v1.TokenRow\"\xba\x02\n\x08TokenRow\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x05\x12\r\n\x05index\x18\x03 \x01(\x05\x12,\n\x06tokens\x18\x04 \x03(\x0b\x32\x1c.plugmesh_proto.v1.TokenInfo\x12\x36\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x1f.plugmesh_proto.v1.FinishReason\x12+\n\x05\x65rror\x18\x06 \x01(\x0b\x32\x1c.plugmesh_proto.v1.ErrorInfo\x12\x14\n\x0crequest_done\x18\x07 \x01(\x08\x12\'\n\x05usage\x18\x08 \x01(\x0b\x32\x18.plugmesh_proto.v1.Usage\x12\x0f\n\x07prefill\x18\t \x01(\t\x12\x16\n\x0eweight_version\x18\n \x01(\t\"*\n\x12ReportPrefillReply\x12\x14\n\x0cstill_wanted\x18\x01 \x01(\x08\"\x15\n\x13\x44\x65\x63odeStatusRequest\"\xd5\x02\n\x0c\x44\x65\x63odeStatus\x12\x13\n\x0bnum_running\x18\x01 \x01(\x05\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\x05\x12\x1a\n\x12num_pending_tokens\x18\x03 \x01(\x03\x12\x16\n\x0ekv_blocks_used\x18\x04 \x01(\x03\x12\x18\n\x10kv_blocks_cached\x18\x05 \x01(\x03\x12\x17\n\x0fkv_blocks_total\x18\x06 \x01(\x03\x12\x18\n\x10kv_blocks_leaked\x18\x07 \x01(\x03\x12\x11\n\tnum_steps\x18\x08 \x01(\x03\x12\x1c\n\x14num_tokens_generated\x18\t \x01(\x03\x12\x16\n\x0eweight_version\x18\n \x01(\t\x12\r\n\x05model\x18\x0b \x01(\t\x12\x15\n\rmax_model_len\x18\x0c \x01(\x05\x12+\n\x06layout\x18\r \x01(\x0b\x32\x1b.plugmesh_proto.v1.KvLayout2\x95\x05\n\x06\x44\x65\x63ode\x12O\n\x08Generate\x12\".plugmesh_proto.v1.GenerateRequest\x1a\x1d.plugmesh_proto.v1.TokenFrame0\x01\x12N\n\x07Session\x12 .plugmesh_proto.v1.DecodeCommand\x1a\x1d.plugmesh_proto.v1.TokenFrame(\x01\x30\x01\x12W\n\rReportPrefill\x12\x1f.plugmesh_proto.v1.PrefillEvent\x1a%.plugmesh_proto.v1.ReportPrefillReply\x12Q\n\x06Status\x12&.plugmesh_proto.v1.DecodeStatusRequest\x1a\x1f.plugmesh_proto.v1.DecodeStatus\x12S\n\nKvSnapshot\x12\".plugmesh_proto.v1.SnapshotRequest\x1a\x1f.plugmesh_proto.v1.SnapshotPage0\x01\x12I\n\x05Score\x12\x1f.plugmesh_proto.v1.ScoreRequest\x1a\x1d.plugmesh_proto.v1.TokenFrame0\x01\x12\x43\n\x03Tap\x12\x1d.plugmesh_proto.v1.TapRequest\x1a\x1b.plugmesh_proto.v1.TapFrame0\x01\x12Y\n\x0bReleaseHold\x12%.plugmesh_proto.v1.ReleaseHoldRequest\x1a#.plugmesh_proto.v1.ReleaseHoldReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,42 +37,44 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_GENERATEREQUEST_TRACEENTRY']._loaded_options = None
   _globals['_GENERATEREQUEST_TRACEENTRY']._serialized_options = b'8\001'
-  _globals['_GENERATEREQUEST']._serialized_start=152
-  _globals['_GENERATEREQUEST']._serialized_end=756
-  _globals['_GENERATEREQUEST_TRACEENTRY']._serialized_start=640
-  _globals['_GENERATEREQUEST_TRACEENTRY']._serialized_end=684
-  _globals['_GENERATEREQUEST_PREFILLMODE']._serialized_start=686
-  _globals['_GENERATEREQUEST_PREFILLMODE']._serialized_end=756
-  _globals['_FORKPOINT']._serialized_start=758
-  _globals['_FORKPOINT']._serialized_end=847
-  _globals['_TOKENLIST']._serialized_start=849
-  _globals['_TOKENLIST']._serialized_end=879
-  _globals['_SCOREREQUEST']._serialized_start=882
-  _globals['_SCOREREQUEST']._serialized_end=1137
-  _globals['_TAPREQUEST']._serialized_start=1140
-  _globals['_TAPREQUEST']._serialized_end=1328
-  _globals['_TAPFRAME']._serialized_start=1330
-  _globals['_TAPFRAME']._serialized_end=1411
-  _globals['_RELEASEHOLDREQUEST']._serialized_start=1413
-  _globals['_RELEASEHOLDREQUEST']._serialized_end=1453
-  _globals['_RELEASEHOLDREPLY']._serialized_start=1455
-  _globals['_RELEASEHOLDREPLY']._serialized_end=1491
-  _globals['_GENERATEDPREFIX']._serialized_start=1493
-  _globals['_GENERATEDPREFIX']._serialized_end=1565
-  _globals['_DECODECOMMAND']._serialized_start=1568
-  _globals['_DECODECOMMAND']._serialized_end=1758
-  _globals['_CANCELREQUEST']._serialized_start=1760
-  _globals['_CANCELREQUEST']._serialized_end=1835
-  _globals['_TOKENFRAME']._serialized_start=1837
-  _globals['_TOKENFRAME']._serialized_end=1906
-  _globals['_TOKENROW']._serialized_start=1909
-  _globals['_TOKENROW']._serialized_end=2223
-  _globals['_REPORTPREFILLREPLY']._serialized_start=2225
-  _globals['_REPORTPREFILLREPLY']._serialized_end=2267
-  _globals['_DECODESTATUSREQUEST']._serialized_start=2269
-  _globals['_DECODESTATUSREQUEST']._serialized_end=2290
-  _globals['_DECODESTATUS']._serialized_start=2293
-  _globals['_DECODESTATUS']._serialized_end=2634
-  _globals['_DECODE']._serialized_start=2637
-  _globals['_DECODE']._serialized_end=3298
+  _globals['_GENERATEREQUEST']._serialized_start=185
+  _globals['_GENERATEREQUEST']._serialized_end=837
+  _globals['_GENERATEREQUEST_TRACEENTRY']._serialized_start=721
+  _globals['_GENERATEREQUEST_TRACEENTRY']._serialized_end=765
+  _globals['_GENERATEREQUEST_PREFILLMODE']._serialized_start=767
+  _globals['_GENERATEREQUEST_PREFILLMODE']._serialized_end=837
+  _globals['_GRAMMARUSE']._serialized_start=839
+  _globals['_GRAMMARUSE']._serialized_end=910
+  _globals['_FORKPOINT']._serialized_start=912
+  _globals['_FORKPOINT']._serialized_end=1001
+  _globals['_TOKENLIST']._serialized_start=1003
+  _globals['_TOKENLIST']._serialized_end=1033
+  _globals['_SCOREREQUEST']._serialized_start=1036
+  _globals['_SCOREREQUEST']._serialized_end=1291
+  _globals['_TAPREQUEST']._serialized_start=1294
+  _globals['_TAPREQUEST']._serialized_end=1482
+  _globals['_TAPFRAME']._serialized_start=1484
+  _globals['_TAPFRAME']._serialized_end=1565
+  _globals['_RELEASEHOLDREQUEST']._serialized_start=1567
+  _globals['_RELEASEHOLDREQUEST']._serialized_end=1607
+  _globals['_RELEASEHOLDREPLY']._serialized_start=1609
+  _globals['_RELEASEHOLDREPLY']._serialized_end=1645
+  _globals['_GENERATEDPREFIX']._serialized_start=1647
+  _globals['_GENERATEDPREFIX']._serialized_end=1719
+  _globals['_DECODECOMMAND']._serialized_start=1722
+  _globals['_DECODECOMMAND']._serialized_end=1912
+  _globals['_CANCELREQUEST']._serialized_start=1914
+  _globals['_CANCELREQUEST']._serialized_end=1989
+  _globals['_TOKENFRAME']._serialized_start=1991
+  _globals['_TOKENFRAME']._serialized_end=2060
+  _globals['_TOKENROW']._serialized_start=2063
+  _globals['_TOKENROW']._serialized_end=2377
+  _globals['_REPORTPREFILLREPLY']._serialized_start=2379
+  _globals['_REPORTPREFILLREPLY']._serialized_end=2421
+  _globals['_DECODESTATUSREQUEST']._serialized_start=2423
+  _globals['_DECODESTATUSREQUEST']._serialized_end=2444
+  _globals['_DECODESTATUS']._serialized_start=2447
+  _globals['_DECODESTATUS']._serialized_end=2788
+  _globals['_DECODE']._serialized_start=2791
+  _globals['_DECODE']._serialized_end=3452
 # @@protoc_insertion_point(module_scope)

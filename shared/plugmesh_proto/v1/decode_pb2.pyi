@@ -1,4 +1,5 @@
 from plugmesh_proto.v1 import common_pb2 as _common_pb2
+from plugmesh_proto.v1 import grammar_pb2 as _grammar_pb2
 from plugmesh_proto.v1 import kvstore_pb2 as _kvstore_pb2
 from plugmesh_proto.v1 import prefill_pb2 as _prefill_pb2
 from google.protobuf.internal import containers as _containers
@@ -11,7 +12,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "model", "token_ids", "sampling", "priority", "deadline_unix_s", "prefill_mode", "resume", "no_prefix_cache", "trace", "prefill_instance", "fork", "hold", "max_total_tokens")
+    __slots__ = ("request_id", "model", "token_ids", "sampling", "priority", "deadline_unix_s", "prefill_mode", "resume", "no_prefix_cache", "trace", "prefill_instance", "fork", "hold", "max_total_tokens", "grammar")
     class PrefillMode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         PREFILL_AUTO: _ClassVar[GenerateRequest.PrefillMode]
@@ -41,6 +42,7 @@ class GenerateRequest(_message.Message):
     FORK_FIELD_NUMBER: _ClassVar[int]
     HOLD_FIELD_NUMBER: _ClassVar[int]
     MAX_TOTAL_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    GRAMMAR_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     model: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -55,7 +57,16 @@ class GenerateRequest(_message.Message):
     fork: ForkPoint
     hold: bool
     max_total_tokens: int
-    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., priority: _Optional[int] = ..., deadline_unix_s: _Optional[float] = ..., prefill_mode: _Optional[_Union[GenerateRequest.PrefillMode, str]] = ..., resume: _Optional[_Iterable[_Union[GeneratedPrefix, _Mapping]]] = ..., no_prefix_cache: _Optional[bool] = ..., trace: _Optional[_Mapping[str, str]] = ..., prefill_instance: _Optional[str] = ..., fork: _Optional[_Union[ForkPoint, _Mapping]] = ..., hold: _Optional[bool] = ..., max_total_tokens: _Optional[int] = ...) -> None: ...
+    grammar: GrammarUse
+    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., priority: _Optional[int] = ..., deadline_unix_s: _Optional[float] = ..., prefill_mode: _Optional[_Union[GenerateRequest.PrefillMode, str]] = ..., resume: _Optional[_Iterable[_Union[GeneratedPrefix, _Mapping]]] = ..., no_prefix_cache: _Optional[bool] = ..., trace: _Optional[_Mapping[str, str]] = ..., prefill_instance: _Optional[str] = ..., fork: _Optional[_Union[ForkPoint, _Mapping]] = ..., hold: _Optional[bool] = ..., max_total_tokens: _Optional[int] = ..., grammar: _Optional[_Union[GrammarUse, _Mapping]] = ...) -> None: ...
+
+class GrammarUse(_message.Message):
+    __slots__ = ("key", "spec")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    SPEC_FIELD_NUMBER: _ClassVar[int]
+    key: str
+    spec: _grammar_pb2.GrammarSpec
+    def __init__(self, key: _Optional[str] = ..., spec: _Optional[_Union[_grammar_pb2.GrammarSpec, _Mapping]] = ...) -> None: ...
 
 class ForkPoint(_message.Message):
     __slots__ = ("request_id", "sequence", "num_tokens")

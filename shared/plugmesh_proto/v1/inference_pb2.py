@@ -23,42 +23,43 @@ _sym_db = _symbol_database.Default()
 
 
 from plugmesh_proto.v1 import common_pb2 as plugmesh__proto_dot_v1_dot_common__pb2
+from plugmesh_proto.v1 import grammar_pb2 as plugmesh__proto_dot_v1_dot_grammar__pb2
 from plugmesh_proto.v1 import tokenizer_pb2 as plugmesh__proto_dot_v1_dot_tokenizer__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!plugmesh_proto/v1/inference.proto\x12\x11plugmesh_proto.v1\x1a\x1eplugmesh_proto/v1/common.proto\x1a!plugmesh_proto/v1/tokenizer.proto\"p\n\nChatPrompt\x12\x30\n\x08messages\x18\x01 \x03(\x0b\x32\x1e.plugmesh_proto.v1.ChatMessage\x12\x12\n\ntools_json\x18\x02 \x01(\t\x12\x1c\n\x14template_kwargs_json\x18\x03 \x01(\t\" \n\x0bTokenPrompt\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\"\x9c\x02\n\x10InferenceRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12-\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x1d.plugmesh_proto.v1.ChatPromptH\x00\x12\x30\n\x06tokens\x18\x05 \x01(\x0b\x32\x1e.plugmesh_proto.v1.TokenPromptH\x00\x12\x33\n\x08sampling\x18\x06 \x01(\x0b\x32!.plugmesh_proto.v1.SamplingParams\x12\x0c\n\x04stop\x18\x07 \x03(\t\x12\x10\n\x08priority\x18\x08 \x01(\x05\x12\x15\n\rstrategy_json\x18\t \x01(\tB\x08\n\x06prompt\"\xea\x01\n\x0eInferenceEvent\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x05\x12\x0c\n\x04text\x18\x03 \x01(\t\x12,\n\x06tokens\x18\x04 \x03(\x0b\x32\x1c.plugmesh_proto.v1.TokenInfo\x12\x36\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x1f.plugmesh_proto.v1.FinishReason\x12\'\n\x05usage\x18\x06 \x01(\x0b\x32\x18.plugmesh_proto.v1.Usage\x12\x15\n\rstrategy_json\x18\x07 \x01(\t\"\xa9\x01\n\x0fInferenceResult\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x33\n\x07\x63hoices\x18\x03 \x03(\x0b\x32\".plugmesh_proto.v1.InferenceChoice\x12\'\n\x05usage\x18\x04 \x01(\x0b\x32\x18.plugmesh_proto.v1.Usage\x12\x15\n\rstrategy_json\x18\x05 \x01(\t\"\x97\x01\n\x0fInferenceChoice\x12\x10\n\x08sequence\x18\x01 \x01(\x05\x12\x0c\n\x04text\x18\x02 \x01(\t\x12,\n\x06tokens\x18\x03 \x03(\x0b\x32\x1c.plugmesh_proto.v1.TokenInfo\x12\x36\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x1f.plugmesh_proto.v1.FinishReason\"\x95\x02\n\x15InferenceScoreRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12-\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x1d.plugmesh_proto.v1.ChatPromptH\x00\x12\x30\n\x06tokens\x18\x05 \x01(\x0b\x32\x1e.plugmesh_proto.v1.TokenPromptH\x00\x12\x36\n\rcontinuations\x18\x06 \x03(\x0b\x32\x1f.plugmesh_proto.v1.Continuation\x12\x14\n\x0ctop_logprobs\x18\x07 \x01(\x05\x12\x10\n\x08priority\x18\x08 \x01(\x05\x42\x08\n\x06prompt\"X\n\x0c\x43ontinuation\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\x30\n\x06tokens\x18\x02 \x01(\x0b\x32\x1e.plugmesh_proto.v1.TokenPromptH\x00\x42\x06\n\x04what\"\x93\x01\n\x0fInferenceScores\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x34\n\x06scores\x18\x03 \x03(\x0b\x32$.plugmesh_proto.v1.ContinuationScore\x12\'\n\x05usage\x18\x04 \x01(\x0b\x32\x18.plugmesh_proto.v1.Usage\"R\n\x11\x43ontinuationScore\x12,\n\x06tokens\x18\x01 \x03(\x0b\x32\x1c.plugmesh_proto.v1.TokenInfo\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\"\x19\n\x17ListServedModelsRequest\"Y\n\x0bServedModel\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\x03 \x01(\x05\x12\x12\n\nis_default\x18\x04 \x01(\x08\"G\n\x15ListServedModelsReply\x12.\n\x06models\x18\x01 \x03(\x0b\x32\x1e.plugmesh_proto.v1.ServedModel2\xf1\x02\n\tInference\x12T\n\x08Generate\x12#.plugmesh_proto.v1.InferenceRequest\x1a!.plugmesh_proto.v1.InferenceEvent0\x01\x12S\n\x08\x43omplete\x12#.plugmesh_proto.v1.InferenceRequest\x1a\".plugmesh_proto.v1.InferenceResult\x12U\n\x05Score\x12(.plugmesh_proto.v1.InferenceScoreRequest\x1a\".plugmesh_proto.v1.InferenceScores\x12\x62\n\nListModels\x12*.plugmesh_proto.v1.ListServedModelsRequest\x1a(.plugmesh_proto.v1.ListServedModelsReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!plugmesh_proto/v1/inference.proto\x12\x11plugmesh_proto.v1\x1a\x1eplugmesh_proto/v1/common.proto\x1a\x1fplugmesh_proto/v1/grammar.proto\x1a!plugmesh_proto/v1/tokenizer.proto\"p\n\nChatPrompt\x12\x30\n\x08messages\x18\x01 \x03(\x0b\x32\x1e.plugmesh_proto.v1.ChatMessage\x12\x12\n\ntools_json\x18\x02 \x01(\t\x12\x1c\n\x14template_kwargs_json\x18\x03 \x01(\t\" \n\x0bTokenPrompt\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\"\xcd\x02\n\x10InferenceRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12-\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x1d.plugmesh_proto.v1.ChatPromptH\x00\x12\x30\n\x06tokens\x18\x05 \x01(\x0b\x32\x1e.plugmesh_proto.v1.TokenPromptH\x00\x12\x33\n\x08sampling\x18\x06 \x01(\x0b\x32!.plugmesh_proto.v1.SamplingParams\x12\x0c\n\x04stop\x18\x07 \x03(\t\x12\x10\n\x08priority\x18\x08 \x01(\x05\x12\x15\n\rstrategy_json\x18\t \x01(\t\x12/\n\x07grammar\x18\n \x01(\x0b\x32\x1e.plugmesh_proto.v1.GrammarSpecB\x08\n\x06prompt\"\xea\x01\n\x0eInferenceEvent\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x05\x12\x0c\n\x04text\x18\x03 \x01(\t\x12,\n\x06tokens\x18\x04 \x03(\x0b\x32\x1c.plugmesh_proto.v1.TokenInfo\x12\x36\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x1f.plugmesh_proto.v1.FinishReason\x12\'\n\x05usage\x18\x06 \x01(\x0b\x32\x18.plugmesh_proto.v1.Usage\x12\x15\n\rstrategy_json\x18\x07 \x01(\t\"\xa9\x01\n\x0fInferenceResult\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x33\n\x07\x63hoices\x18\x03 \x03(\x0b\x32\".plugmesh_proto.v1.InferenceChoice\x12\'\n\x05usage\x18\x04 \x01(\x0b\x32\x18.plugmesh_proto.v1.Usage\x12\x15\n\rstrategy_json\x18\x05 \x01(\t\"\x97\x01\n\x0fInferenceChoice\x12\x10\n\x08sequence\x18\x01 \x01(\x05\x12\x0c\n\x04text\x18\x02 \x01(\t\x12,\n\x06tokens\x18\x03 \x03(\x0b\x32\x1c.plugmesh_proto.v1.TokenInfo\x12\x36\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x1f.plugmesh_proto.v1.FinishReason\"\x95\x02\n\x15InferenceScoreRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12-\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x1d.plugmesh_proto.v1.ChatPromptH\x00\x12\x30\n\x06tokens\x18\x05 \x01(\x0b\x32\x1e.plugmesh_proto.v1.TokenPromptH\x00\x12\x36\n\rcontinuations\x18\x06 \x03(\x0b\x32\x1f.plugmesh_proto.v1.Continuation\x12\x14\n\x0ctop_logprobs\x18\x07 \x01(\x05\x12\x10\n\x08priority\x18\x08 \x01(\x05\x42\x08\n\x06prompt\"X\n\x0c\x43ontinuation\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\x30\n\x06tokens\x18\x02 \x01(\x0b\x32\x1e.plugmesh_proto.v1.TokenPromptH\x00\x42\x06\n\x04what\"\x93\x01\n\x0fInferenceScores\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x34\n\x06scores\x18\x03 \x03(\x0b\x32$.plugmesh_proto.v1.ContinuationScore\x12\'\n\x05usage\x18\x04 \x01(\x0b\x32\x18.plugmesh_proto.v1.Usage\"R\n\x11\x43ontinuationScore\x12,\n\x06tokens\x18\x01 \x03(\x0b\x32\x1c.plugmesh_proto.v1.TokenInfo\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\"\x19\n\x17ListServedModelsRequest\"Y\n\x0bServedModel\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\x03 \x01(\x05\x12\x12\n\nis_default\x18\x04 \x01(\x08\"G\n\x15ListServedModelsReply\x12.\n\x06models\x18\x01 \x03(\x0b\x32\x1e.plugmesh_proto.v1.ServedModel2\xf1\x02\n\tInference\x12T\n\x08Generate\x12#.plugmesh_proto.v1.InferenceRequest\x1a!.plugmesh_proto.v1.InferenceEvent0\x01\x12S\n\x08\x43omplete\x12#.plugmesh_proto.v1.InferenceRequest\x1a\".plugmesh_proto.v1.InferenceResult\x12U\n\x05Score\x12(.plugmesh_proto.v1.InferenceScoreRequest\x1a\".plugmesh_proto.v1.InferenceScores\x12\x62\n\nListModels\x12*.plugmesh_proto.v1.ListServedModelsRequest\x1a(.plugmesh_proto.v1.ListServedModelsReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'plugmesh_proto.v1.inference_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_CHATPROMPT']._serialized_start=123
-  _globals['_CHATPROMPT']._serialized_end=235
-  _globals['_TOKENPROMPT']._serialized_start=237
-  _globals['_TOKENPROMPT']._serialized_end=269
-  _globals['_INFERENCEREQUEST']._serialized_start=272
-  _globals['_INFERENCEREQUEST']._serialized_end=556
-  _globals['_INFERENCEEVENT']._serialized_start=559
-  _globals['_INFERENCEEVENT']._serialized_end=793
-  _globals['_INFERENCERESULT']._serialized_start=796
-  _globals['_INFERENCERESULT']._serialized_end=965
-  _globals['_INFERENCECHOICE']._serialized_start=968
-  _globals['_INFERENCECHOICE']._serialized_end=1119
-  _globals['_INFERENCESCOREREQUEST']._serialized_start=1122
-  _globals['_INFERENCESCOREREQUEST']._serialized_end=1399
-  _globals['_CONTINUATION']._serialized_start=1401
-  _globals['_CONTINUATION']._serialized_end=1489
-  _globals['_INFERENCESCORES']._serialized_start=1492
-  _globals['_INFERENCESCORES']._serialized_end=1639
-  _globals['_CONTINUATIONSCORE']._serialized_start=1641
-  _globals['_CONTINUATIONSCORE']._serialized_end=1723
-  _globals['_LISTSERVEDMODELSREQUEST']._serialized_start=1725
-  _globals['_LISTSERVEDMODELSREQUEST']._serialized_end=1750
-  _globals['_SERVEDMODEL']._serialized_start=1752
-  _globals['_SERVEDMODEL']._serialized_end=1841
-  _globals['_LISTSERVEDMODELSREPLY']._serialized_start=1843
-  _globals['_LISTSERVEDMODELSREPLY']._serialized_end=1914
-  _globals['_INFERENCE']._serialized_start=1917
-  _globals['_INFERENCE']._serialized_end=2286
+  _globals['_CHATPROMPT']._serialized_start=156
+  _globals['_CHATPROMPT']._serialized_end=268
+  _globals['_TOKENPROMPT']._serialized_start=270
+  _globals['_TOKENPROMPT']._serialized_end=302
+  _globals['_INFERENCEREQUEST']._serialized_start=305
+  _globals['_INFERENCEREQUEST']._serialized_end=638
+  _globals['_INFERENCEEVENT']._serialized_start=641
+  _globals['_INFERENCEEVENT']._serialized_end=875
+  _globals['_INFERENCERESULT']._serialized_start=878
+  _globals['_INFERENCERESULT']._serialized_end=1047
+  _globals['_INFERENCECHOICE']._serialized_start=1050
+  _globals['_INFERENCECHOICE']._serialized_end=1201
+  _globals['_INFERENCESCOREREQUEST']._serialized_start=1204
+  _globals['_INFERENCESCOREREQUEST']._serialized_end=1481
+  _globals['_CONTINUATION']._serialized_start=1483
+  _globals['_CONTINUATION']._serialized_end=1571
+  _globals['_INFERENCESCORES']._serialized_start=1574
+  _globals['_INFERENCESCORES']._serialized_end=1721
+  _globals['_CONTINUATIONSCORE']._serialized_start=1723
+  _globals['_CONTINUATIONSCORE']._serialized_end=1805
+  _globals['_LISTSERVEDMODELSREQUEST']._serialized_start=1807
+  _globals['_LISTSERVEDMODELSREQUEST']._serialized_end=1832
+  _globals['_SERVEDMODEL']._serialized_start=1834
+  _globals['_SERVEDMODEL']._serialized_end=1923
+  _globals['_LISTSERVEDMODELSREPLY']._serialized_start=1925
+  _globals['_LISTSERVEDMODELSREPLY']._serialized_end=1996
+  _globals['_INFERENCE']._serialized_start=1999
+  _globals['_INFERENCE']._serialized_end=2368
 # @@protoc_insertion_point(module_scope)

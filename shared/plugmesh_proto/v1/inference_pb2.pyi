@@ -1,4 +1,5 @@
 from plugmesh_proto.v1 import common_pb2 as _common_pb2
+from plugmesh_proto.v1 import grammar_pb2 as _grammar_pb2
 from plugmesh_proto.v1 import tokenizer_pb2 as _tokenizer_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
@@ -25,7 +26,7 @@ class TokenPrompt(_message.Message):
     def __init__(self, token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class InferenceRequest(_message.Message):
-    __slots__ = ("request_id", "model", "text", "chat", "tokens", "sampling", "stop", "priority", "strategy_json")
+    __slots__ = ("request_id", "model", "text", "chat", "tokens", "sampling", "stop", "priority", "strategy_json", "grammar")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
@@ -35,6 +36,7 @@ class InferenceRequest(_message.Message):
     STOP_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     STRATEGY_JSON_FIELD_NUMBER: _ClassVar[int]
+    GRAMMAR_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     model: str
     text: str
@@ -44,7 +46,8 @@ class InferenceRequest(_message.Message):
     stop: _containers.RepeatedScalarFieldContainer[str]
     priority: int
     strategy_json: str
-    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., text: _Optional[str] = ..., chat: _Optional[_Union[ChatPrompt, _Mapping]] = ..., tokens: _Optional[_Union[TokenPrompt, _Mapping]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., stop: _Optional[_Iterable[str]] = ..., priority: _Optional[int] = ..., strategy_json: _Optional[str] = ...) -> None: ...
+    grammar: _grammar_pb2.GrammarSpec
+    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., text: _Optional[str] = ..., chat: _Optional[_Union[ChatPrompt, _Mapping]] = ..., tokens: _Optional[_Union[TokenPrompt, _Mapping]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., stop: _Optional[_Iterable[str]] = ..., priority: _Optional[int] = ..., strategy_json: _Optional[str] = ..., grammar: _Optional[_Union[_grammar_pb2.GrammarSpec, _Mapping]] = ...) -> None: ...
 
 class InferenceEvent(_message.Message):
     __slots__ = ("request_id", "sequence", "text", "tokens", "finish_reason", "usage", "strategy_json")
