@@ -37,6 +37,8 @@ async def run_driven(
 ) -> dict[str, Any]:
     """As `bench.run_closed_loop`, with the same results, through an `EngineDriver` that lives as long as this call.
 
+    A call may have `sampling`, fields of SamplingParams, and `request`, fields of EngineRequest.
+
     Raises what `Engine.add` raises, and InternalError when a step failed.
     """
     live: dict[str, _Caller] = {}
@@ -75,9 +77,9 @@ async def run_driven(
         name = f"driven-{next(names)}"
         prompt = tuple(call["prompt"])
         caller = live[name] = _Caller(len(prompt), call["max_tokens"], loop.create_future())
-        sampling = SamplingParams(temperature=0.0, max_tokens=call["max_tokens"], ignore_eos=True)
+        sampling = SamplingParams(**{"temperature": 0.0, "max_tokens": call["max_tokens"], "ignore_eos": True, **call.get("sampling", {})})
         try:
-            await driver.submit(EngineRequest(name, prompt, sampling, use_prefix_cache=use_cache))
+            await driver.submit(EngineRequest(name, prompt, sampling, use_prefix_cache=use_cache, **call.get("request", {})))
             record = await caller.done
         finally:
             if live.pop(name, None) is not None:

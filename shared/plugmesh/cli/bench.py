@@ -118,6 +118,40 @@ def serve(
     raise typer.Exit(_serve(plan, run_serve, json, html))
 
 
+@bench_app.command("structured")
+def structured(
+    model: Model = "smollm2", rounds: Rounds = 5,
+    only: Annotated[list[str] | None, typer.Option("--only", help="Only this part (suite, extraction, overhead, mesh-overhead, times, jump); repeat for several.")] = None,
+    engines: Annotated[list[str] | None, typer.Option("--engine", help="Only this grammar engine; repeat for several, in the order in which a mesh tries them.")] = None,
+    seeds: Annotated[int, typer.Option("--outputs", min=1, help="Outputs of every schema of the suite, each with a seed of its own.")] = 3,
+    write: Annotated[bool, typer.Option("--write", help="Write docs/measurements/DATE-structured.md, in a source tree.")] = False,
+    threads: Threads = 0, executor: Executor = "auto", kv_dtype: KvDtype = "bfloat16", seed: Seed = 0, json: JsonFile = None, quick: Quick = False,
+) -> None:  # fmt: skip
+    """Constrained output: whether it validates, what a schema costs per token and to compile, and what jump-forward saves."""
+    from plugmesh.bench.structured import report as r
+    from plugmesh.bench.structured.meshes import repository
+    from plugmesh.bench.structured.table import page, print_report
+    from plugmesh.cli import output
+    from plugmesh.errors import InvalidRequest
+
+    plan = r.Plan(tuple(only or r.PARTS), tuple(engines or r.ENGINES), seed, rounds, seeds, quick)
+    for names, known, option in ((plan.parts, r.PARTS, "only"), (plan.engines, r.ENGINES, "engine")):
+        if name := r.unknown(names, known):
+            raise InvalidRequest(f"--{option} {name}: there are {', '.join(known)}", param=option)
+    if write and quick:
+        raise InvalidRequest("--write keeps full runs; leave --quick away", param="write")
+    with setting(model, threads, executor, kv_dtype) as s, progress() as told:
+        report = r.measure(s, plan, told)
+    print_report(output.err if str(json) == "-" else output.out, report)
+    _write(report, json, None)
+    root = repository()
+    if write and root is not None:
+        path = root / "docs" / "measurements" / f"{report['finished'][:10]}-structured.md"
+        path.write_text(page(report), encoding="utf-8")
+        output.err.print(f"written: {path}", markup=False, soft_wrap=True)
+    raise typer.Exit(0 if not report["failures"] and (quick or all(g["holds"] for g in report["goals"])) else 1)
+
+
 @contextlib.contextmanager
 def setting(model: str, threads: int, executor: str, kv_dtype: str) -> Iterator[Setting]:
     """The common setting, with a folder that is deleted at the end. Raises NotFound when the model is not on this machine."""
