@@ -6,6 +6,7 @@
       | select_*          once per choice; the first plugin that answers wins, else the core's default
       | WeightFormatRecord.pack, .load   per model           <- register_weight_formats
       | KvCodecRecord.build              per engine          <- register_kv_codecs
+      | GrammarEngineRecord.build        per tokenizer       <- register_grammar_engines
       v
     service announced in the mesh
       request arrives (gateway)
@@ -15,11 +16,13 @@
       request reaches decode
         | PrefillPolicyRecord.choose       per request         <- register_prefill_policies
         | PromptFilter.layers, .select     per prompt          <- register_prompt_filters
+        | GrammarEngine.compile (grammar), .load (decode)  per new grammar
       job reaches prefill
         | KvHandOverRecord.plan            per job             <- register_kv_hand_overs
       every step (prefill, decode)
         | Scheduler.schedule               per step            <- register_schedulers
         | DraftMethod.propose, .observe    per step, decode    <- register_drafts
+        | Matcher.fill, .accept, .rollback per constrained row, decode
         | Foreign linears of the format    per layer
         | KvCodec.plan, .attend            per step, per layer
       request ends
@@ -46,6 +49,7 @@ if TYPE_CHECKING:
     from plugmesh.records import (
         AdmissionRecord,
         DraftRecord,
+        GrammarEngineRecord,
         KvCodecRecord,
         KvHandOverRecord,
         PrefillPolicyRecord,
@@ -205,6 +209,22 @@ def register_drafts(context: PluginContext) -> list[DraftRecord]:
     Raising: stops the start with the plugin's name; an error in `DraftMethod.propose` or `observe` costs that step its drafts
         and is counted and logged with the record's name. Drafts never change the output.
     Example: plugins/plugmesh_ngram_draft/plugin.py
+    """
+
+
+@hookspec
+def register_grammar_engines(context: PluginContext) -> list[GrammarEngineRecord]:
+    """Engines that hold an output to a grammar: compile it once, then say at each step which tokens may come next.
+
+    Runs in: grammar, decode.
+    When: at process start.  How often: once.
+    Combines: all lists are joined; a grammar goes to the first engine that takes its language and can enforce it exactly, and to no
+        other when the request names one. `services.grammar.plugins` is the list for both services.
+    Arguments: context: the plugin's settings and facts of the process.
+    Returns: records, or an empty list.
+    Raising: stops the start with the plugin's name; an engine whose `build` raises Unavailable is left out and logged. An error in
+        `GrammarEngine.compile` or `load` costs the requests for that grammar, one in a `Matcher` the request that it belongs to.
+    Example: plugins/plugmesh_xgrammar/plugin.py
     """
 
 
