@@ -29,6 +29,8 @@
         | on_request_finished              observers, isolated by the host
     process stops
       | on_service_stopping
+    a worker asks the experience table for rows (rollout)
+        | Sampler.sample                   per batch           <- register_samplers
     plugmesh ab (tools)
         | WorkloadRecord.build             per round           <- register_workloads
         | QualityMetricRecord.observe      per side            <- register_quality_metrics
@@ -56,6 +58,7 @@ if TYPE_CHECKING:
         PromptFilterRecord,
         QualityMetricRecord,
         RouterRecord,
+        SamplerRecord,
         SchedulerRecord,
         StrategyRecord,
         WeightFormatRecord,
@@ -295,4 +298,18 @@ def register_strategies(context: PluginContext) -> list[StrategyRecord]:
     Returns: records, or an empty list.
     Raising: stops the start with the plugin's name; an error in `Strategy.run` costs its request a PluginError.
     Example: plugins/plugmesh_deepconf/plugin.py
+    """
+
+
+@hookspec
+def register_samplers(context: PluginContext) -> list[SamplerRecord]:
+    """Ways of choosing the rows of the experience table that a task gets next.
+
+    Runs in: rollout.
+    When: at process start.  How often: once.
+    Combines: all lists are joined; a request names the one that it wants.
+    Arguments: context: the plugin's settings and facts of the process.
+    Returns: records, or an empty list.
+    Raising: stops the start with the plugin's name; an error in `build` or `Sampler.sample` costs that request a PluginError.
+    Example: services/plugmesh_rollout/table/samplers.py
     """

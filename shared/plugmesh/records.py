@@ -665,3 +665,78 @@ class GrammarEngineRecord:
     version: str
     languages: frozenset[str]
     build: Callable[[GrammarVocabulary], GrammarEngine]
+
+
+# -- the rollout service's table: which rows a task gets next -----------------------------------------------------------------------------------------
+
+
+class RowView(Protocol):
+    """A row of the experience table as a sampler sees it: metadata, never values.
+
+    Attributes:
+        index: Its number within the topic; grows with every row and is never used again.
+        version: Version of the weights that made it; None before that.
+        sizes: Field to number of elements, characters or bytes, of the fields that the row has; 1 for a number.
+        scalars: Field to value, of the fields that are single numbers.
+    """
+
+    @property
+    def index(self) -> int: ...
+    @property
+    def id(self) -> str: ...
+    @property
+    def group(self) -> str: ...
+    @property
+    def version(self) -> int | None: ...
+    @property
+    def sizes(self) -> Mapping[str, int]: ...
+    @property
+    def scalars(self) -> Mapping[str, float]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class SampleContext:
+    """What a sampler may know about one request for a batch.
+
+    Attributes:
+        group_size: Rows of one group, as the topic was created.
+        min_rows: Fewer than `batch_size` rows are welcome down to this number; below it the answer must be empty.
+        staleness: How many versions behind `latest_version` a row may be; None: any number. Rows outside are not in `ready`.
+        pending: Version to number of rows that this task will get but that lack fields still; only rows with a version.
+        batch_rows: Rows that the topic's training step takes, 0 where that is not known.
+        rank: Of the caller among `num_ranks` that train together on the batch number `batch_index`; None: there is no such number.
+    """
+
+    topic: str
+    task: str
+    group_size: int = 1
+    min_rows: int = 1
+    staleness: int | None = None
+    latest_version: int | None = None
+    pending: Mapping[int, int] = field(default_factory=dict)
+    batch_rows: int = 0
+    rank: int = 0
+    num_ranks: int = 1
+    batch_index: int | None = None
+
+
+class Sampler(Protocol):
+    """Chooses rows for one task of one topic. Called on the table's event loop, so it must be quick; may keep state.
+
+    A sampler that keeps rows for later calls also has `forget(indexes)`, called when rows were cleared or came back from a dead consumer.
+    """
+
+    def sample(self, ready: Sequence[RowView], batch_size: int, context: SampleContext) -> tuple[list[int], list[int]]:
+        """Indexes to hand out, in order, and those that the task has thereby got (a subset of `ready`); both empty to wait for more rows.
+
+        Args:
+            ready: Rows that have all fields asked for, that the task has not got, within the version window, by index. Not to be changed.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class SamplerRecord:
+    """A way of choosing rows. `build(options)` runs once per topic, task and set of options; it raises InvalidRequest for options that make no sense."""
+
+    name: str
+    build: Callable[[Mapping[str, Any]], Sampler]
