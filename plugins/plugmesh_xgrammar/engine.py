@@ -7,8 +7,10 @@ import re
 from typing import Any
 
 from plugmesh.errors import DataLoss, UnsupportedGrammar
+from plugmesh.grammar import regex
 from plugmesh.grammar.form import pack, unpack
 from plugmesh.grammar.seams import GrammarVocabulary
+from plugmesh.grammar.syntax import Grammar, to_gbnf
 from plugmesh_xgrammar import binding
 from plugmesh_xgrammar.matcher import XgrammarMatcher
 from plugmesh_xgrammar.plugin import FORM, LIBRARY
@@ -57,7 +59,9 @@ class XgrammarEngine:
             if language == "ebnf":
                 grammar = compiler.compile_grammar_from_strings(source, _root_of(source))
             elif language == "regex":
-                grammar = compiler.compile_regex(source)
+                # By way of a tree: the library's own reading leaves out some of what it does not support, anchors for one.
+                tree = Grammar("root", {"root": regex.parse(source)})
+                grammar = compiler.compile_grammar_from_strings(to_gbnf(tree), "root")
             elif language == "structural_tag":
                 _check_tag(source)
                 grammar = compiler.compile_structural_tag(source)

@@ -1,0 +1,3 @@
+"""Grammars by the llguidance library; README.md is the card."""
+
+__version__ = "0.1.0"
