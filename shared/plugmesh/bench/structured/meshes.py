@@ -19,11 +19,12 @@ import grpc
 from plugmesh import wire
 from plugmesh.bench.systems import Setting, served_model
 from plugmesh.config import MeshConfig
-from plugmesh.errors import PlugmeshError, Unavailable
+from plugmesh.errors import GrammarTimeout, LimitExceeded, PlugmeshError, Unavailable, UnsupportedGrammar
 from plugmesh.grammar.spec import GrammarSpec
 from plugmesh.mesh.real import RealMesh
 from plugmesh_proto.v1 import grammar_pb2, grammar_pb2_grpc
 
+_START_S = 60.0
 _CALL_S = 60.0
 _ANSWER_S = 900.0
 
@@ -83,6 +84,7 @@ class StructuredMesh:
             nats = {"url": record["nats_url"], "user": record["nats_user"], "password_file": record["nats_password_file"], "tls_ca_file": record["nats_tls_ca_file"]}
             config = MeshConfig.model_validate({"mesh": {"name": record["name"], "nats": {k: v for k, v in nats.items() if v}}})
             self._mesh = await RealMesh.connect(config)
+            await self._wait_for_grammars()
         except AssertionError as e:
             await self.__aexit__()
             raise Unavailable(str(e)[:2000]) from e
@@ -98,24 +100,32 @@ class StructuredMesh:
             with contextlib.suppress(AssertionError):  # it was killed then
                 await asyncio.to_thread(self._cluster.stop)
 
+    async def _wait_for_grammars(self) -> None:
+        assert self._mesh is not None
+        until = time.monotonic() + _START_S
+        while not self._mesh.instances("grammar"):
+            if time.monotonic() > until:
+                raise Unavailable(f"no grammar service announced itself within {_START_S:g} s:\n{self._cluster.log()[-1500:]}")
+            await asyncio.sleep(0.1)
+
     @property
     def _stub(self) -> grammar_pb2_grpc.GrammarStub:
         assert self._mesh is not None
         return grammar_pb2_grpc.GrammarStub(self._mesh.channel("grammar"))  # type: ignore[arg-type] # has a channel's methods
 
     def _request(self, spec: GrammarSpec) -> grammar_pb2.CompileGrammarRequest:
-        pb = grammar_pb2.GrammarSpec(kind=spec.kind, source=spec.source, relaxed=spec.relaxed, whitespace=spec.whitespace, engine=spec.engine)
-        return grammar_pb2.CompileGrammarRequest(spec=pb, model=self.model)
+        return grammar_pb2.CompileGrammarRequest(spec=wire.spec_to_pb(spec), model=self.model)
 
     async def compile(self, spec: GrammarSpec) -> Compiled:
-        """Never raises for a refusal."""
+        """A refusal, or a compilation that takes too long, is told in the result. Raises PlugmeshError for anything else."""
         began = time.perf_counter()
         try:
             info = await self._stub.Compile(self._request(spec), timeout=_CALL_S)
         except grpc.RpcError as e:
-            return Compiled(wall_ms=(time.perf_counter() - began) * 1e3, error=wire.error_from_rpc(e))
-        except PlugmeshError as e:
-            return Compiled(wall_ms=(time.perf_counter() - began) * 1e3, error=e)
+            error = wire.error_from_rpc(e)
+            if not isinstance(error, UnsupportedGrammar | LimitExceeded | GrammarTimeout):
+                raise error from e
+            return Compiled(wall_ms=(time.perf_counter() - began) * 1e3, error=error)
         return Compiled(info.engine, info.compile_ms, (time.perf_counter() - began) * 1e3, info.num_bytes, info.was_cached)
 
     async def validate(self, spec: GrammarSpec, text: str) -> tuple[bool, bool]:
