@@ -195,13 +195,13 @@ def check_mesh(config: MeshConfig) -> dict[str, Card]:
     """
     cards: dict[str, Card] = {}
     users: dict[str, list[str]] = {}
-    for service in config.services:
-        slugs = config.plugin_slugs(service)
+    for service in dict.fromkeys([*config.services, "grammar", "decode"]):  # the two have grammar engines without being told
+        slugs = config.loaded_slugs(service)
         for slug in slugs:
             if slug not in cards:
                 cards[slug] = read(slug, where=config.at(f"services.{service}.plugins", slug))
             users.setdefault(slug, []).append(service)
-        device = str(config.services[service].get("device", "")).split(":")[0]
+        device = str(config.services.get(service, {}).get("device", "")).split(":")[0]
         check_service(service, slugs, cards, at=lambda s, service=service: config.at(f"services.{service}.plugins", s), device=device)  # type: ignore[misc]
     provided = {capability for card in cards.values() for capability in card.provides}
     for slug, card in cards.items():

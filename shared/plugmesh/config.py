@@ -32,7 +32,7 @@ import pydantic
 from plugmesh.config_lines import line_of
 from plugmesh.errors import ConfigError
 
-SERVICE_NAMES = ("gateway", "tokenizer", "weightstore", "prefill", "decode", "kvstore")
+SERVICE_NAMES = ("gateway", "tokenizer", "grammar", "weightstore", "prefill", "decode", "kvstore")
 ENV_PREFIX = "PLUGMESH_"
 
 S = TypeVar("S", bound=pydantic.BaseModel)
@@ -108,8 +108,16 @@ class MeshConfig(StrictModel):
         return name if place == "defaults" else f"{place}: {name}"
 
     def plugin_slugs(self, service: str) -> list[str]:
-        """Plugins that a process of this service loads, in order."""
+        """Plugins that the configuration names for this service, in order."""
         return list(self.services.get(service, {}).get("plugins", []))
+
+    def loaded_slugs(self, service: str) -> list[str]:
+        """Plugins that a process of this service loads: besides those named for it, in grammar and decode, the grammar engines."""
+        from plugmesh.grammar import engines  # it reads cards, which read configurations
+
+        if service == "grammar":
+            return engines.engine_slugs(self)
+        return self.plugin_slugs(service) + (engines.slugs_for_decode(self) if service == "decode" else [])
 
 
 def load(path: pathlib.Path | str | None = None, environ: Mapping[str, str] | None = None, overrides: Mapping[str, Any] | None = None) -> MeshConfig:

@@ -8,7 +8,9 @@ from google.rpc import code_pb2, status_pb2
 from grpc_status import rpc_status
 
 from plugmesh import errors, types
+from plugmesh.grammar.spec import KINDS, GrammarSpec
 from plugmesh_proto.v1 import common_pb2 as pb
+from plugmesh_proto.v1 import grammar_pb2
 
 _FINISH = {
     None: pb.FINISH_REASON_UNSPECIFIED,
@@ -89,6 +91,19 @@ def layout_to_pb(layout: types.KvLayout) -> pb.KvLayout:
 
 def layout_from_pb(m: pb.KvLayout) -> types.KvLayout:
     return types.KvLayout(**{name: getattr(m, name) for name in types.KvLayout.__dataclass_fields__})
+
+
+def spec_to_pb(spec: GrammarSpec) -> grammar_pb2.GrammarSpec:
+    return grammar_pb2.GrammarSpec(kind=spec.kind, source=spec.source, relaxed=spec.relaxed, whitespace=spec.whitespace, engine=spec.engine)
+
+
+def spec_from_pb(m: grammar_pb2.GrammarSpec) -> GrammarSpec:
+    """Raises InvalidRequest for a kind or a whitespace that there is not."""
+    if m.kind not in KINDS:
+        raise errors.InvalidRequest(f"there is no kind of grammar {m.kind[:40]!r}; there are {', '.join(KINDS)}", param="grammar.kind")
+    if m.whitespace not in ("", "flexible", "compact"):
+        raise errors.InvalidRequest(f"whitespace is {m.whitespace[:40]!r}; it can be flexible or compact", param="grammar.whitespace")
+    return GrammarSpec(kind=m.kind, source=m.source, relaxed=m.relaxed, whitespace=m.whitespace or "flexible", engine=m.engine)  # type: ignore[arg-type] # checked
 
 
 def error_to_pb(e: errors.PlugmeshError) -> pb.ErrorInfo:

@@ -21,7 +21,7 @@ from plugmesh import hookspecs, records
 
 PAGE = pathlib.Path(__file__).resolve().parents[3] / "docs" / "hooks.md"
 SLOTS = ("Runs in", "When", "How often", "Combines", "Arguments", "Returns", "Raising", "Example")
-EVERY_SERVICE = ("gateway", "tokenizer", "weightstore", "prefill", "decode", "kvstore")
+EVERY_SERVICE = ("gateway", "tokenizer", "grammar", "weightstore", "prefill", "decode", "kvstore")
 
 
 @dataclass(frozen=True, slots=True)

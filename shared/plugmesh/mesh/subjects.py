@@ -112,9 +112,10 @@ TOPICS: dict[str, tuple[str, ...]] = {
 CALLS: dict[str, tuple[str, ...]] = {
     "gateway": SERVICE_NAMES,
     "tokenizer": ("weightstore",),
+    "grammar": ("weightstore",),
     "weightstore": ("weightstore",),
     "prefill": ("decode", "kvstore", "weightstore", "tokenizer"),
-    "decode": ("prefill", "kvstore", "weightstore", "tokenizer"),
+    "decode": ("prefill", "kvstore", "weightstore", "tokenizer", "grammar"),
     "kvstore": ("kvstore",),
 }
 

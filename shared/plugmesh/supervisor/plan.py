@@ -20,7 +20,7 @@ from plugmesh.supervisor.children import ChildSpec
 
 # The gateway stops first, while the services behind it still answer what it has accepted; the engines next, and last
 # the ones that the engines hand blocks back to.
-STOP_RANKS = {"gateway": 0, "decode": 1, "prefill": 1, "tokenizer": 2, "kvstore": 2, "weightstore": 2}
+STOP_RANKS = {"gateway": 0, "decode": 1, "prefill": 1, "tokenizer": 2, "grammar": 2, "kvstore": 2, "weightstore": 2}
 
 
 def check(config: MeshConfig, roles: Sequence[str] = SERVICE_NAMES) -> dict[str, ServiceSettings]:

@@ -1,0 +1,1 @@
+"""One file per change, oldest first; Alembic follows their `down_revision`."""

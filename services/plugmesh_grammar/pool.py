@@ -1,0 +1,179 @@
+"""A pool of processes that compile and validate, each of them killed when it takes too long."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import signal
+from typing import Any
+
+import structlog
+
+from plugmesh.config import MeshConfig
+from plugmesh.errors import GrammarTimeout, LimitExceeded, Overloaded, Unavailable
+from plugmesh.grammar.seams import GrammarVocabulary
+from plugmesh.grammar.spec import GrammarSpec
+from plugmesh_grammar import protocol
+from plugmesh_grammar.config import Settings
+from plugmesh_grammar.process import Worker, WorkerDied
+
+log = structlog.get_logger()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Compiled:
+    """What an engine made of a grammar."""
+
+    engine: str
+    engine_version: str
+    compile_ms: float
+    unenforced: tuple[tuple[str, str, str], ...]
+    data: bytes
+
+
+class WorkerPool:
+    """At most `compile_workers` processes. One of them stays; the others end when they were idle for `idle_worker_s`."""
+
+    def __init__(self, config: MeshConfig, settings: Settings) -> None:
+        self._config = config
+        self._settings = settings
+        self._free = asyncio.Semaphore(settings.compile_workers)
+        self._idle: list[Worker] = []
+        self._all: set[Worker] = set()
+        self._is_closed = False
+        self._reaper: asyncio.Task[None] | None = None
+        self.num_waiting = 0
+        self.num_killed = 0
+
+    @property
+    def pids(self) -> list[int]:
+        return [worker.pid for worker in self._all]
+
+    async def start(self, vocabulary: GrammarVocabulary, packed: bytes) -> None:
+        """Starts the first process, so that the first grammar need not wait for it."""
+        async with self._free:
+            worker = await self._take(vocabulary, packed)
+            self._put_back(worker)
+        self._reaper = asyncio.create_task(self._reap(), name="grammar-reap")
+
+    async def stop(self) -> None:
+        """Ends all processes; calls under way fail with Unavailable."""
+        self._is_closed = True
+        if self._reaper is not None:
+            self._reaper.cancel()
+            await asyncio.gather(self._reaper, return_exceptions=True)
+        await asyncio.gather(*(worker.kill() for worker in self._all))
+        self._all.clear()
+        self._idle.clear()
+
+    async def compile(self, spec: GrammarSpec, vocabulary: GrammarVocabulary, packed: bytes) -> Compiled:
+        """Front end and engine, in a process.
+
+        Raises:
+            UnsupportedGrammar, LimitExceeded: What they say of the grammar; or it needs more memory than allowed.
+            GrammarTimeout: It takes longer than `compile_timeout_s`.
+            Overloaded: Too many wait.
+            Unavailable: No process starts, or no engine is there.
+        """
+        settings = self._settings
+        fields = {
+            "op": "compile", "hash": vocabulary.tokenizer_hash, "spec": dataclasses.asdict(spec),
+            "limits": {name: getattr(settings, name) for name in ("max_schema_bytes", "max_schema_depth", "max_enum_values", "max_regex_chars")},
+        }
+        reply, data = await self._ask(fields, b"", vocabulary, packed)
+        if len(data) > settings.max_compiled_bytes:
+            raise LimitExceeded(f"its compiled form has {len(data)} bytes, at most {settings.max_compiled_bytes} are kept", param="grammar")
+        return Compiled(
+            reply["engine"], reply["version"], reply["compile_ms"], tuple((u["keyword"], u["path"], u["reason"]) for u in reply["unenforced"]), data)
+
+    async def validate(self, compiled: Compiled, text: bytes, vocabulary: GrammarVocabulary, packed: bytes) -> dict[str, Any]:
+        """{"num_valid", "is_prefix", "is_valid"}; raises as `compile`."""
+        fields = {"op": "validate", "hash": vocabulary.tokenizer_hash, "engine": compiled.engine, "num_text": len(text)}
+        return (await self._ask(fields, text + compiled.data, vocabulary, packed))[0]
+
+    async def _ask(self, fields: dict[str, Any], data: bytes, vocabulary: GrammarVocabulary, packed: bytes) -> tuple[dict[str, Any], bytes]:
+        if self.num_waiting >= self._settings.max_waiting:
+            raise Overloaded(f"{self.num_waiting} grammars wait to be compiled", retry_after_s=1)
+        self.num_waiting += 1
+        try:
+            await self._free.acquire()
+        finally:
+            self.num_waiting -= 1
+        try:
+            for is_last in (False, True):
+                try:
+                    return await self._ask_once(fields, data, vocabulary, packed)
+                except WorkerDied as e:
+                    if self._is_closed:
+                        raise Unavailable("the grammar service is stopping", retry_after_s=1) from e
+                    log.warning("grammar.worker_died", signal=e.number, op=fields["op"])
+                    if e.number == signal.SIGALRM:
+                        raise self._too_long() from e
+                    # Somebody else may have killed it, then the grammar is not to blame; twice is no accident.
+                    if is_last or e.number != signal.SIGKILL:
+                        raise LimitExceeded("the grammar needs more memory than allowed, or breaks its engine", param="grammar") from e
+            raise AssertionError("unreachable")
+        finally:
+            self._free.release()
+
+    async def _ask_once(self, fields: dict[str, Any], data: bytes, vocabulary: GrammarVocabulary, packed: bytes) -> tuple[dict[str, Any], bytes]:
+        worker = await self._take(vocabulary, packed)
+        reply: dict[str, Any] | None = None
+        try:
+            async with asyncio.timeout(self._settings.compile_timeout_s):
+                reply, answer = await worker.ask(fields, data)
+        except TimeoutError:
+            raise self._too_long() from None
+        finally:
+            # After an answer the process is as before; without one (time, death, cancelled caller) it is unusable.
+            if reply is not None and not self._is_closed:
+                self._put_back(worker)
+            else:
+                self.num_killed += 1
+                self._all.discard(worker)
+                await worker.kill()
+        if "error" in reply:
+            raise protocol.error_of(reply["error"])
+        return reply, answer
+
+    def _too_long(self) -> GrammarTimeout:
+        return GrammarTimeout(f"the grammar did not compile within {self._settings.compile_timeout_s:g} s; it may be valid", param="grammar")
+
+    async def _take(self, vocabulary: GrammarVocabulary, packed: bytes) -> Worker:
+        """An idle process, or a new one; one that dies while it learns the vocabulary is replaced once."""
+        for is_last in (False, True):
+            if self._is_closed:
+                raise Unavailable("the grammar service is stopping", retry_after_s=1)
+            worker = self._idle.pop() if self._idle else None
+            if worker is not None and not worker.is_alive:
+                self._all.discard(worker)
+                worker = None
+            if worker is None:
+                worker = await Worker.start(
+                    self._config, memory_bytes=self._settings.compile_memory_bytes, timeout_s=self._settings.compile_timeout_s + 1.0)
+                self._all.add(worker)
+            try:
+                await worker.teach(vocabulary, packed)
+                return worker
+            except BaseException as e:
+                self._all.discard(worker)
+                await worker.kill()
+                if not isinstance(e, WorkerDied):
+                    raise
+                if is_last:
+                    raise Unavailable("the grammar process does not start", retry_after_s=5) from e
+        raise AssertionError("unreachable")
+
+    def _put_back(self, worker: Worker) -> None:
+        worker.idle_since = asyncio.get_running_loop().time()
+        self._idle.append(worker)
+
+    async def _reap(self) -> None:
+        while True:
+            await asyncio.sleep(min(5.0, self._settings.idle_worker_s))
+            now = asyncio.get_running_loop().time()
+            # The longest idle one is at the front; the last one stays.
+            while len(self._all) > 1 and self._idle and now - self._idle[0].idle_since > self._settings.idle_worker_s:
+                worker = self._idle.pop(0)
+                self._all.discard(worker)
+                await worker.kill()
