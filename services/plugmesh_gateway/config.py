@@ -42,6 +42,10 @@ class Settings(ServiceSettings):
     strategy_budget_tokens: int = pydantic.Field(65536, ge=1)     # generated tokens of all children of one request
     strategy_budget_calls: int = pydantic.Field(256, ge=1)        # and their number
 
+    # Grammars and tools.
+    grammar_timeout_s: float = pydantic.Field(15.0, gt=0)         # for the grammar service to compile one
+    tool_format: Literal["auto", "hermes", "smollm2", "llama3"] = "auto"  # how the model writes calls; auto: as its chat template or its name says
+
     # Slow readers.
     max_buffered_events: int = pydantic.Field(4096, ge=1)         # per request, not yet taken by its client
 

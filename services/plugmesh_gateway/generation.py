@@ -28,7 +28,7 @@ from plugmesh.errors import (
 from plugmesh.mesh.api import Mesh
 from plugmesh.records import RouteRequest
 from plugmesh.types import FinishReason, InstanceInfo
-from plugmesh.wire import error_from_pb, finish_from_pb, sampling_to_pb
+from plugmesh.wire import error_from_pb, finish_from_pb, sampling_to_pb, spec_to_pb
 from plugmesh_proto.v1 import decode_pb2
 
 from .config import Settings
@@ -493,6 +493,8 @@ class Run:
             priority=request.priority, deadline_unix_s=time.time() + (self.generation.deadline - time.monotonic()),
             prefill_mode=_MODES[route.prefill_mode], prefill_instance=route.prefill_instance, trace=request.trace,
         )
+        if request.grammar is not None:
+            message.grammar.CopyFrom(decode_pb2.GrammarUse(key=request.grammar.key, spec=spec_to_pb(request.grammar.spec)))
         if done or any(s.finish_reason is not None for s in self.sequences):
             for s in self.sequences:
                 message.resume.add(

@@ -10,16 +10,18 @@ import structlog
 
 from plugmesh.errors import InternalError, InvalidRequest, PlugmeshError
 from plugmesh.limits import check_counts, check_sampling, check_stop
-from plugmesh.wire import finish_to_pb, sampling_from_pb
+from plugmesh.wire import finish_to_pb, sampling_from_pb, spec_from_pb
 from plugmesh_proto.v1 import common_pb2, inference_pb2, inference_pb2_grpc
 
 from .generation import Generation
 from .handle import Gateway
 from .keys import KeyRing
-from .parse import check_priority, trace_of
+from .parse import check_priority, check_with_grammar, trace_of
 from .request import ChatPrompt, Message, Prompt, TextPrompt, TokenPrompt, Wanted, check_request_id, new_request_id
 from .score import ScoreWanted, score
 from .strategies import choice_of_json
+from .structured import of_grpc
+from .tools import ToolsWanted, read_tools
 
 log = structlog.get_logger()
 
@@ -110,8 +112,6 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         check_counts(num_messages=len(request.chat.messages), limits=self.gateway.limits)
         if not request.chat.messages:
             raise InvalidRequest("messages must not be empty", param="messages")
-        if request.chat.tools_json:
-            raise InvalidRequest("tools are unsupported until this mesh has a grammar service", param="tools_json")
         return ChatPrompt(tuple(Message(m.role, m.content, m.name, m.extra_json) for m in request.chat.messages), request.chat.template_kwargs_json)
 
     async def ListModels(self, request: inference_pb2.ListServedModelsRequest, context: Any) -> inference_pb2.ListServedModelsReply:
@@ -134,10 +134,28 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         if isinstance(prompt, ChatPrompt) and not request.sampling.max_tokens:
             max_tokens = None  # as over HTTP: what the context leaves
         left = context.time_remaining() if hasattr(context, "time_remaining") else None
+        grammar = of_grpc(spec_from_pb(request.grammar)) if request.HasField("grammar") else None
+        tools = _tools(request.chat.tools_json)
+        if grammar is not None or tools is not None:
+            check_with_grammar(sampling)
         return Wanted(
             request_id=request_id, route="grpc", model=request.model, prompts=(prompt,), sampling=sampling, max_tokens=max_tokens,
             stop=tuple(request.stop), priority=request.priority, timeout_s=max(left, 0.001) if left is not None else 0.0,
-            trace=trace_of(_metadata(context, "traceparent")), client=client, strategy=choice_of_json(request.strategy_json))
+            trace=trace_of(_metadata(context, "traceparent")), client=client, strategy=choice_of_json(request.strategy_json),
+            grammar=grammar, tools=tools)
+
+
+def _tools(text: str) -> ToolsWanted | None:
+    """Tools of a gRPC chat: shown to the model, and its calls obey them. They come as part of the text, as the model writes them."""
+    if not text:
+        return None
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise InvalidRequest("tools_json is not valid JSON", param="tools_json") from e
+    if not isinstance(value, list):
+        raise InvalidRequest("tools_json must be a JSON array", param="tools_json")
+    return read_tools(value, None, None)
 
 
 def _metadata(context: Any, name: str) -> str:

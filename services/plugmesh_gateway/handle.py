@@ -6,10 +6,12 @@ import asyncio
 import dataclasses
 import secrets
 import time
+from typing import Any
 
 import structlog
 
-from plugmesh.errors import AlreadyExists, Cancelled, DeadlineExceeded, PlugmeshError, Unavailable
+from plugmesh.errors import AlreadyExists, Cancelled, DeadlineExceeded, InvalidRequest, PlugmeshError, Unavailable
+from plugmesh.grammar.client import GrammarClient
 from plugmesh.host import PluginHost
 from plugmesh.kv.feed import DECODE, KvFeed
 from plugmesh.ledger import Ledger
@@ -25,11 +27,12 @@ from .decode_links import DecodeLinks
 from .generation import Engine, Generation, Outbox
 from .local_texts import LocalTexts
 from .measure import GatewayMetrics
-from .prepare import Models, ServedModel, Tokenizers
-from .request import ChatPrompt, Prepared, StrategyChoice, TextPrompt, Wanted
+from .prepare import Models, ServedModel, TokenizerFacts, Tokenizers
+from .request import ChatPrompt, GrammarUse, GrammarWanted, Prepared, StrategyChoice, TextPrompt, Wanted
 from .route import SafeRouter
 from .strategies import Strategies, StrategyGeneration, Surroundings, num_computed
 from .text_links import TextLinks
+from .tool_formats import ToolFormat, choose_format, tools_grammar, with_tools
 from .vocabularies import Vocabularies
 
 log = structlog.get_logger()
@@ -42,6 +45,7 @@ class Accepted:
     generation: Generation
     model: ServedModel
     echoes: tuple[str, ...]      # per prompt; empty without `echo`
+    tool_format: ToolFormat | None = None  # how the text has calls; None without tools
 
 
 class Gateway:
@@ -61,6 +65,7 @@ class Gateway:
             mesh, stall_s=settings.stall_s, hang_s=settings.hang_s, on_frame=self._on_frame, before_frame=self._before_frame)
         self.models = Models(mesh, self.decode.peers, default_model)
         self.tokenizers = Tokenizers(mesh, self.texts.peers)
+        self.grammars = GrammarClient(mesh)
         self.vocabularies = Vocabularies(mesh, self.texts.peers, is_enabled=settings.detokenize == "local")
         self.engine = Engine(mesh, settings, self.decode, self.texts, SafeRouter.choose(plugins), metrics, Outbox(), LocalTexts())
         self._kv_feed = KvFeed(mesh, DECODE, self.engine.router.kv_event) if self.engine.router.wants_kv_events else None
@@ -141,15 +146,16 @@ class Gateway:
                 num_sequences = len(wanted.prompts) * wanted.sampling.num_sequences
                 ticket = await self.admissions.admit(
                     AdmissionRequest(wanted.request_id, wanted.client, wanted.priority, num_sequences, deadline))
-                # 3. Token ids, and the checks that need the model.
-                prompts = await self._prepare(wanted, model, deadline)
+                # 3. Token ids, and the checks that need the model; meanwhile the grammar is compiled.
+                facts = await self.tokenizers.facts(model, deadline)
+                wanted, tool_format = self._with_tools(wanted, model, facts)
+                prompts = await self._prepare(wanted, model, facts, deadline)
                 echoes = await self._echoes(wanted, model, deadline)
                 if strategy is None:
                     await ticket.take_tokens(
                         sum(len(p.token_ids) for p in prompts), sum(p.sampling.max_tokens * p.sampling.num_sequences for p in prompts))
                 else:
                     ticket.release(0)  # its children are admitted one by one; a place held meanwhile could be the one they wait for
-                    facts = await self.tokenizers.facts(model, deadline)
             # 4. Route and run.
             held = ticket
             if strategy is not None:
@@ -159,13 +165,13 @@ class Gateway:
                     arrived=arrived, deadline=deadline, on_end=lambda g: self._on_end(g, held, span))
                 self._running[wanted.request_id] = parent
                 parent.run()
-                return Accepted(parent, model, echoes)
+                return Accepted(parent, model, echoes, tool_format)
             generation = Generation(
                 self.engine, request_id=wanted.request_id, route=wanted.route, arrived=arrived, deadline=deadline,
                 on_end=lambda g: self._on_end(g, held, span))
             self._running[wanted.request_id] = generation
             generation.start(prompts, instances)
-            return Accepted(generation, model, echoes)
+            return Accepted(generation, model, echoes, tool_format)
         except BaseException as error:
             e = DeadlineExceeded("the deadline passed before the request could start") if isinstance(error, TimeoutError) else error
             span.end(error=e.code if isinstance(e, PlugmeshError) else type(e).__name__)
@@ -188,10 +194,45 @@ class Gateway:
         self._running.pop(request_id, None)
         self._one_less.set()
 
-    async def _prepare(self, wanted: Wanted, model: ServedModel, deadline: float) -> list[Prepared]:
-        facts = await self.tokenizers.facts(model, deadline)
+    def _with_tools(self, wanted: Wanted, model: ServedModel, facts: TokenizerFacts) -> tuple[Wanted, ToolFormat | None]:
+        """Tools put into the prompt and the grammar, in the way of the model's family."""
+        prompt, tools = wanted.prompts[0], wanted.tools
+        if not isinstance(prompt, ChatPrompt):
+            return wanted, None
+        forced = self.settings.tool_format
+        how, template_knows = choose_format(f"{model.model} {model.version}", facts.chat_template, "" if forced == "auto" else forced)
+        prompt = with_tools(prompt, tools.shown if tools else (), how, template_knows=template_knows)
+        if tools is None:
+            return dataclasses.replace(wanted, prompts=(prompt,)), None
+        return dataclasses.replace(wanted, prompts=(prompt,), grammar=tools_grammar(tools, how, wanted.grammar)), how
+
+    async def _compile(self, grammar: GrammarWanted, model: ServedModel, deadline: float) -> GrammarUse:
+        try:
+            info = await self.grammars.compile(
+                grammar.spec, model.model, timeout_s=max(0.001, min(deadline - time.monotonic(), self.settings.grammar_timeout_s)))
+        except InvalidRequest as e:
+            keyword, path = e.fields.get("keyword", ""), e.fields.get("path", "")
+            message = e.message if not keyword or keyword in e.message else f"{e.message} (keyword {keyword!r})"
+            self.metrics.grammars.labels(grammar.spec.kind, e.code).inc()
+            fields: dict[str, Any] = {**e.fields}
+            raise type(e)(message, param=grammar.locate(path), **fields) from None
+        except PlugmeshError as e:
+            self.metrics.grammars.labels(grammar.spec.kind, e.code).inc()
+            raise
+        self.metrics.grammars.labels(grammar.spec.kind, "cached" if info.was_cached else "compiled").inc()
+        return GrammarUse(info.key, grammar.spec)
+
+    async def _prepare(self, wanted: Wanted, model: ServedModel, facts: TokenizerFacts, deadline: float) -> list[Prepared]:
         check_sampling(wanted.sampling, self.limits, vocab_size=facts.vocab_size)
-        encoded = await asyncio.gather(*(self.tokenizers.encode(model, p, deadline) for p in wanted.prompts))
+        compiling = None if wanted.grammar is None else asyncio.create_task(
+            self._compile(wanted.grammar, model, deadline), name=f"compile:{wanted.request_id}")
+        try:
+            encoded = await asyncio.gather(*(self.tokenizers.encode(model, p, deadline) for p in wanted.prompts))
+            use = None if compiling is None else await compiling
+        finally:
+            if compiling is not None:
+                compiling.add_done_callback(lambda task: task.cancelled() or task.exception())  # somebody asked for it
+                compiling.cancel()
         sampling = wanted.sampling
         if sampling.seed is None:
             # Chosen here rather than in decode: a request that moves to another instance must go on with the same randomness.
@@ -209,7 +250,7 @@ class Gateway:
                 request_id=wanted.request_id if len(encoded) == 1 else f"{wanted.request_id}.{i}", model=model.model, token_ids=ids,
                 sampling=params, end_token_ids=ends, stop=wanted.stop, priority=wanted.priority,
                 base_index=i * sampling.num_sequences, trace=wanted.trace, client=wanted.client, block_ids=self._block_ids(model, ids),
-                table=table))
+                table=table, grammar=use))
         return prepared
 
     def _block_ids(self, model: ServedModel, token_ids: tuple[int, ...]) -> tuple[bytes, ...]:

@@ -374,7 +374,8 @@ def _shaper(shape: type[Shape], wanted: Wanted, include_usage: bool) -> Callable
     n = wanted.sampling.num_sequences
     return lambda accepted: shape(
         request_id=wanted.request_id, model=accepted.model.model, num_choices=n * len(wanted.prompts), include_usage=include_usage,
-        logprobs=wanted.sampling.logprobs, top_logprobs=wanted.sampling.top_logprobs, echoes=accepted.echoes, num_sequences=n)
+        logprobs=wanted.sampling.logprobs, top_logprobs=wanted.sampling.top_logprobs, echoes=accepted.echoes, num_sequences=n,
+        tool_format=accepted.tool_format, is_named_call=wanted.tools is not None and wanted.tools.choice == "named")
 
 
 def _model_object(m: Any) -> dict[str, Any]:

@@ -57,6 +57,7 @@ class GatewayMetrics:
         self.replayed = made.counter("gateway_detokenizer_replays_total", "Sequences reopened on another tokenizer instance")
         self.frames = made.counter("gateway_frames_total", "Token frames received")
         self.children = made.counter("gateway_strategy_children_total", "Generations that strategies started, by how they ended", ("strategy", "outcome"))
+        self.grammars = made.counter("gateway_grammars_total", "Grammars of requests, by what the grammar service said", ("kind", "outcome"))
         self.slow_readers = made.counter("gateway_slow_readers_total", "Requests ended because their client read too slowly")
 
     def count_tokens(self, num_prompt: int, num_completion: int, num_cached: int) -> None:

@@ -18,6 +18,8 @@ from plugmesh.limits import INT32_MAX, Limits, check_counts, check_sampling, che
 from plugmesh.types import SamplingParams
 
 from .request import ChatPrompt, Message, Prompt, StrategyChoice, TextPrompt, TokenPrompt, Wanted
+from .structured import read_grammar
+from .tools import ToolsWanted, read_tools
 
 MAX_JSON_DEPTH = 64
 MAX_PRIORITY = 1_000_000
@@ -27,20 +29,16 @@ _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
 # Known, not served, and the values that ask for nothing.
 _UNSUPPORTED_CHAT: dict[str, tuple[Any, ...]] = {
-    "response_format": (None, {"type": "text"}), "tools": (None, []), "tool_choice": (None, "none"),
     "functions": (None, []), "function_call": (None, "none"), "audio": (None,), "modalities": (None, ["text"]),
     "prediction": (None,), "reasoning_effort": (None, "none"), "verbosity": (None,), "web_search_options": (None,),
-    "guided_json": (None,), "guided_regex": (None,), "guided_choice": (None,), "guided_grammar": (None,),
-    "structured_outputs": (None,), "moderation": (None,), "include_stop_str_in_output": (None, False),
+    "moderation": (None,), "include_stop_str_in_output": (None, False),
     "skip_special_tokens": (None, True), "prompt_logprobs": (None, 0),
 }
 _UNSUPPORTED_COMPLETION: dict[str, tuple[Any, ...]] = {
-    "suffix": (None, ""), "response_format": (None, {"type": "text"}), "guided_json": (None,), "guided_regex": (None,),
-    "guided_choice": (None,), "guided_grammar": (None,), "structured_outputs": (None,),
-    "include_stop_str_in_output": (None, False), "skip_special_tokens": (None, True), "prompt_logprobs": (None, 0),
+    "suffix": (None, ""), "include_stop_str_in_output": (None, False), "skip_special_tokens": (None, True), "prompt_logprobs": (None, 0),
     "prompt_embeds": (None,), "use_beam_search": (None, False),
 }
-_GRAMMAR = frozenset({"response_format", "tools", "functions", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs", "tool_choice", "function_call"})
+_INSTEAD = {"functions": "; send tools", "function_call": "; send tool_choice"}
 
 
 class _Body(pydantic.BaseModel):
@@ -75,6 +73,15 @@ class _Common(_Body):
     stop_token_ids: list[int] | None = None
     priority: int | None = None
     strategy: dict[str, Any] | None = None
+    # At most one grammar.
+    response_format: dict[str, Any] | None = None
+    guided_json: dict[str, Any] | str | bool | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    guided_whitespace_pattern: str | None = None
+    guided_decoding_backend: str | None = None
+    structured_outputs: dict[str, Any] | None = None
     # They change nothing here.
     user: str | None = None
     store: bool | None = None
@@ -99,6 +106,8 @@ class ChatBody(_Common):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
@@ -157,7 +166,11 @@ def parse_chat(raw: bytes, *, request_id: str, limits: Limits, headers: Mapping[
     if prompt.add_generation_prompt and prompt.continue_final_message:
         raise InvalidRequest("add_generation_prompt and continue_final_message exclude each other", param="continue_final_message")
     sampling = _sampling(body, max_tokens=max_tokens, logprobs=bool(body.logprobs), top_logprobs=body.top_logprobs or 0, limits=limits)
-    return _wanted(body, "chat", request_id, (prompt,), sampling, max_tokens, limits, headers, client), *_streaming(body)
+    tools = read_tools(body.tools, body.tool_choice, body.parallel_tool_calls)
+    if tools is not None and prompt.continue_final_message:
+        raise InvalidRequest("continue_final_message together with tools is unsupported", param="continue_final_message")
+    wanted = _wanted(body, "chat", request_id, (prompt,), sampling, max_tokens, limits, headers, client, tools=tools)
+    return wanted, *_streaming(body)
 
 
 def parse_completion(raw: bytes, *, request_id: str, limits: Limits, headers: Mapping[str, str], client: str = "") -> tuple[Wanted, bool, bool]:
@@ -211,8 +224,7 @@ def _check_names(data: dict[str, Any], model: type[_Common], unsupported: Mappin
             raise InvalidRequest(f"unknown parameter: {_short(key)!r}", param=_short(key))
         # `type` too: False == 0 and 0 == 0.0 in Python.
         if not any(data[key] == v and type(data[key]) is type(v) for v in unsupported[key]):
-            why = " until this mesh has a grammar service" if key in _GRAMMAR else ""
-            raise InvalidRequest(f"{key} is unsupported{why}", param=key)
+            raise InvalidRequest(f"{key} is unsupported{_INSTEAD.get(key, '')}", param=key)
         del data[key]
 
 
@@ -235,7 +247,7 @@ def _path(loc: tuple[int | str, ...]) -> str:
     for part in loc:
         if isinstance(part, int):
             out += f"[{part}]"
-        elif part not in ("str", "list[str]", "list[int]", "list[list[int]]", "list[dict[str,any]]", "[key]"):
+        elif part not in ("str", "list[str]", "list[int]", "list[list[int]]", "list[dict[str,any]]", "dict[str,any]", "bool", "[key]"):
             out += f".{_short(part)}" if out else _short(part)
     return out
 
@@ -316,18 +328,30 @@ def _logit_bias(raw: dict[str, float]) -> dict[int, float]:
 
 def _wanted(
     body: _Common, route: str, request_id: str, prompts: tuple[Prompt, ...], sampling: SamplingParams, max_tokens: int | None,
-    limits: Limits, headers: Mapping[str, str], client: str, *, echo: bool = False,
+    limits: Limits, headers: Mapping[str, str], client: str, *, echo: bool = False, tools: ToolsWanted | None = None,
 ) -> Wanted:
     stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
     check_stop(stop, limits)
     priority = body.priority or 0
     check_priority(priority)
+    grammar = read_grammar(body)
+    if grammar is not None or tools is not None:
+        check_with_grammar(sampling)
     return Wanted(
         request_id=request_id, route=route, model=body.model or "", prompts=prompts, sampling=sampling, max_tokens=max_tokens,
         stop=stop, priority=priority, echo=echo, trace=trace_of(headers.get("traceparent", "")),
         client=client or (body.user or "")[:_MAX_USER_CHARS],
         strategy=StrategyChoice.read(body.strategy) if body.strategy is not None else None,
+        grammar=grammar, tools=tools,
     )
+
+
+def check_with_grammar(sampling: SamplingParams) -> None:
+    """Refuses what a grammar cannot go with: it decides where the output ends. Raises InvalidRequest."""
+    if sampling.ignore_eos:
+        raise InvalidRequest("ignore_eos has no meaning with a grammar or tools, which decide where the output ends", param="ignore_eos")
+    if sampling.min_tokens:
+        raise InvalidRequest("min_tokens has no meaning with a grammar or tools, which decide where the output ends", param="min_tokens")
 
 
 def check_priority(priority: int) -> None:

@@ -46,10 +46,11 @@ class ServedModel:
 
 @dataclass(frozen=True, slots=True)
 class TokenizerFacts:
-    """What limits and end tokens need."""
+    """What limits, end tokens and tools need."""
 
     vocab_size: int
     eos_token_ids: frozenset[int]
+    chat_template: str = ""     # that for chats with tools; empty when there is none, or too long a one
 
 
 class Models:
@@ -150,7 +151,7 @@ class Tokenizers:
             reply = await self._call("Describe", tokenizer_pb2.DescribeTokenizerRequest(model=model.model), deadline)
             if len(self._facts) >= 64:
                 self._facts.clear()
-            facts = self._facts[key] = TokenizerFacts(reply.vocab_size, frozenset(reply.eos_token_ids))
+            facts = self._facts[key] = TokenizerFacts(reply.vocab_size, frozenset(reply.eos_token_ids), reply.chat_template)
         return facts
 
     async def encode(self, model: ServedModel, prompt: Prompt, deadline: float) -> tuple[int, ...]:
@@ -158,7 +159,7 @@ class Tokenizers:
         if isinstance(prompt, ChatPrompt):
             reply = await self._call("EncodeChat", tokenizer_pb2.EncodeChatRequest(
                 model=model.model, add_generation_prompt=prompt.add_generation_prompt, continue_final_message=prompt.continue_final_message,
-                template_kwargs_json=prompt.template_kwargs_json,
+                template_kwargs_json=prompt.template_kwargs_json, tools_json=prompt.tools_json,
                 messages=[tokenizer_pb2.ChatMessage(role=m.role, content=m.content, name=m.name, extra_json=m.extra_json) for m in prompt.messages],
             ), deadline)
         elif isinstance(prompt, TextPrompt):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import uuid
 from collections.abc import Mapping
@@ -10,7 +11,10 @@ from typing import Any
 
 from plugmesh.detokenize import TokenTable
 from plugmesh.errors import InvalidRequest
+from plugmesh.grammar.spec import GrammarSpec, Whitespace
 from plugmesh.types import SamplingParams
+
+from .tools import ToolsWanted
 
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,96}")
 
@@ -33,6 +37,7 @@ class ChatPrompt:
     template_kwargs_json: str = ""
     add_generation_prompt: bool = True
     continue_final_message: bool = False
+    tools_json: str = ""     # for the template; empty without tools, and where the messages show them
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +85,38 @@ class StrategyChoice:
 
 
 @dataclass(frozen=True, slots=True)
+class GrammarWanted:
+    """A grammar and where in the body it stands.
+
+    Attributes:
+        where: Places of the source (JSON Pointers) that the body has elsewhere, each with that place.
+    """
+
+    spec: GrammarSpec
+    param: str
+    where: tuple[tuple[str, str], ...] = ()
+
+    def changed(self, *, whitespace: Whitespace | None, engine: str) -> GrammarWanted:
+        """With other whitespace than the usual, or an engine of the client's choice."""
+        return dataclasses.replace(self, spec=dataclasses.replace(self.spec, whitespace=whitespace or self.spec.whitespace, engine=engine))
+
+    def locate(self, path: str) -> str:
+        """The body's name for a place in the grammar: `response_format.json_schema.schema/properties/a/pattern`."""
+        for pointer, param in self.where:
+            if path == pointer or path.startswith(pointer + "/"):
+                return param + path[len(pointer) :]
+        return self.param + (path if path.startswith("/") else "")
+
+
+@dataclass(frozen=True, slots=True)
+class GrammarUse:
+    """A compiled grammar by its name, and what it was made of, for a decode instance that has not got it."""
+
+    key: str
+    spec: GrammarSpec
+
+
+@dataclass(frozen=True, slots=True)
 class Wanted:
     """What a client asked for, checked except for what needs the model.
 
@@ -89,6 +126,8 @@ class Wanted:
         echo: The prompt's text comes first in every choice.
         client: Whom limits count against: the name of the API key, without keys the `user` that the body names.
         timeout_s: From arrival to the terminal state; 0 takes the gateway's own.
+        grammar: What every choice must obey; with `tools`, what stands in place of free text.
+        tools: What the model may call; None where it may not.
     """
 
     request_id: str
@@ -104,6 +143,8 @@ class Wanted:
     trace: dict[str, str] = field(default_factory=dict)
     client: str = ""
     strategy: StrategyChoice | None = None
+    grammar: GrammarWanted | None = None
+    tools: ToolsWanted | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +163,7 @@ class Prepared:
     client: str = ""
     block_ids: tuple[bytes, ...] = ()  # of the prompt's full blocks, for a router that needs them
     table: TokenTable | None = None   # to turn its tokens into text here; None leaves that to a tokenizer instance
+    grammar: GrammarUse | None = None
 
 
 def new_request_id() -> str:

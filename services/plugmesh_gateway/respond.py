@@ -18,6 +18,8 @@ from plugmesh.errors import InternalError, PlugmeshError
 from plugmesh.types import FinishReason
 
 from .generation import Event, Generation
+from .tool_formats import ToolFormat
+from .tool_stream import ArgumentsDelta, CallBegin, CallParser, Delta, TextDelta
 
 DONE = b"data: [DONE]\n\n"
 _LOWEST = -9999.0  # JSON has no -Infinity; OpenAI writes this
@@ -80,7 +82,8 @@ class Shape:
     id_prefix = ""
 
     def __init__(self, *, request_id: str, model: str, num_choices: int, include_usage: bool = False, logprobs: bool = False,
-                 top_logprobs: int = 0, echoes: Sequence[str] = (), num_sequences: int = 1) -> None:
+                 top_logprobs: int = 0, echoes: Sequence[str] = (), num_sequences: int = 1, tool_format: ToolFormat | None = None,
+                 is_named_call: bool = False) -> None:
         self.id = f"{self.id_prefix}-{request_id}"
         self.created = int(time.time())
         self.model = model
@@ -89,6 +92,8 @@ class Shape:
         self.logprobs = logprobs
         self.top_logprobs = top_logprobs
         self._echo = [echoes[i // num_sequences] if echoes else "" for i in range(num_choices)]
+        self._calls = [CallParser(tool_format) for _ in range(num_choices)] if tool_format is not None else []
+        self._is_named_call = is_named_call
         self._started = [False] * num_choices
         self._offset = [0] * num_choices
         head = json.dumps({"id": self.id, "object": self._chunk_object(), "created": self.created, "model": model})
@@ -149,18 +154,46 @@ class ChatShape(Shape):
         index = event.index
         if not self._started[index]:
             self._started[index] = True
-            out.append(f'{self._head}{index}, "delta": {{"role": "assistant", "content": ""}}, "logprobs": null, "finish_reason": null{self._tail}')
+            content = "null" if self._calls else '""'
+            out.append(f'{self._head}{index}, "delta": {{"role": "assistant", "content": {content}}}, "logprobs": null, "finish_reason": null{self._tail}')
         logprobs = "null"
         if self.logprobs and event.tokens:
             logprobs = json.dumps(self._logprobs(event.tokens, pieces))
+        if self._calls:
+            self._chunk_of_calls(event, logprobs, out)
+            return
         if event.text or logprobs != "null":
             out.append(f'{self._head}{index}, "delta": {{"content": {_quoted(event.text)}}}, "logprobs": {logprobs}, "finish_reason": null{self._tail}')
         if event.finish_reason is not None:
             out.append(f'{self._head}{index}, "delta": {{}}, "logprobs": null, "finish_reason": "{_reason(event.finish_reason)}"{self._tail}')
 
+    def _chunk_of_calls(self, event: Event, logprobs: str, out: list[str]) -> None:
+        """As `_chunk`, where calls may be in the text. Log-probabilities of all of an event's tokens go with its first chunk."""
+        parser = self._calls[event.index]
+        deltas = parser.feed(event.text)
+        if event.finish_reason is not None:
+            deltas += parser.finish()
+        bodies = [_delta(d) for d in deltas] or (["{}"] if logprobs != "null" else [])
+        for body in bodies:
+            out.append(f'{self._head}{event.index}, "delta": {body}, "logprobs": {logprobs}, "finish_reason": null{self._tail}')
+            logprobs = "null"
+        if event.finish_reason is not None:
+            reason = self._reason_of_calls(parser, _reason(event.finish_reason))
+            out.append(f'{self._head}{event.index}, "delta": {{}}, "logprobs": null, "finish_reason": "{reason}"{self._tail}')
+
+    def _reason_of_calls(self, parser: CallParser, reason: str) -> str:
+        # Of a function that the client named, OpenAI says "stop".
+        is_calls = reason == FinishReason.STOP.value and parser.num_calls and not parser.is_inside and not self._is_named_call
+        return "tool_calls" if is_calls else reason
+
     def _choice(self, index: int, text: str, tokens: Sequence[Any], reason: str | None, pieces: Mapping[int, bytes]) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if self._calls:
+            parser = self._calls[index]
+            message |= _message_of(parser.feed(text) + parser.finish())
+            reason = None if reason is None else self._reason_of_calls(parser, reason)
         return {
-            "index": index, "message": {"role": "assistant", "content": text, "refusal": None},
+            "index": index, "message": message,
             "logprobs": self._logprobs(tokens, pieces) if self.logprobs else None, "finish_reason": reason,
         }
 
@@ -172,6 +205,30 @@ class ChatShape(Shape):
         return {"content": [
             {**entry(t.token_id, t.logprob), "top_logprobs": [entry(a.token_id, a.logprob) for a in t.top[: self.top_logprobs]]} for t in tokens
         ], "refusal": None}
+
+
+def _delta(delta: Delta) -> str:
+    """A chunk's delta. A call's id and name come once; OpenAI's clients put the arguments together by `index`."""
+    if isinstance(delta, TextDelta):
+        return f'{{"content": {_quoted(delta.text)}}}'
+    if isinstance(delta, CallBegin):
+        return (f'{{"tool_calls": [{{"index": {delta.index}, "id": "{delta.id}", "type": "function", '
+                f'"function": {{"name": {_quoted(delta.name)}, "arguments": ""}}}}]}}')
+    return f'{{"tool_calls": [{{"index": {delta.index}, "function": {{"arguments": {_quoted(delta.text)}}}}}]}}'
+
+
+def _message_of(deltas: Sequence[Delta]) -> dict[str, Any]:
+    """What all deltas of an output make: content, null where there are calls only, and the calls."""
+    text = "".join(d.text for d in deltas if isinstance(d, TextDelta))
+    begins = [d for d in deltas if isinstance(d, CallBegin)]
+    arguments = ["" for _ in begins]
+    for d in deltas:
+        if isinstance(d, ArgumentsDelta):
+            arguments[d.index] += d.text
+    if not begins:
+        return {"content": text}
+    return {"content": text or None, "tool_calls": [
+        {"id": b.id, "type": "function", "function": {"name": b.name, "arguments": a}} for b, a in zip(begins, arguments, strict=True)]}
 
 
 class CompletionShape(Shape):

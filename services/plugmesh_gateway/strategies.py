@@ -260,6 +260,9 @@ class Api:
         params = dataclasses.replace(params, num_sequences=1)
         check_sampling(params, around.limits, vocab_size=around.facts.vocab_size)
         if prefix:
+            if self._parent.prompt.grammar is not None:  # it would begin anew behind the prefix
+                raise InvalidRequest(
+                    f"strategy {self._parent.strategy_name!r} goes on from parts of answers, which a grammar does not allow", param="strategy")
             check_token_ids("prefix", prefix, around.facts.vocab_size)
         fit_context(len(self._parent.prompt.token_ids) + len(prefix), params.max_tokens, around.model.context_length)
         return params

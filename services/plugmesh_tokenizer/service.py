@@ -24,6 +24,7 @@ from plugmesh_tokenizer.template import Message, parse_json, prepare_chat
 log = structlog.get_logger()
 
 FULL_NAME = "plugmesh_proto.v1.Tokenizer"
+_MAX_TOLD_TEMPLATE = 1 << 16  # characters; a message of the bus holds 256 KiB
 _BUCKETS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 2)
 _INLINE_TOKENS = 8192  # Decode of fewer stays on the event loop
 _PART_BYTES = 32 << 10  # of one part of a vocabulary: a millisecond of work
@@ -136,10 +137,12 @@ class TokenizerServicer(tokenizer_pb2_grpc.TokenizerServicer):
     async def Describe(self, request: Any, context: Any) -> Any:
         loaded = await self._service.models.get(request.model)
         vocabulary = loaded.vocabulary
+        template = vocabulary.chat_templates.get("tool_use", vocabulary.chat_templates.get("", ""))
         return tokenizer_pb2.TokenizerDescription(
             model=loaded.model, tokenizer_hash=vocabulary.hash, vocab_size=vocabulary.vocab_size,
             bos_token_id=vocabulary.bos_token_id, eos_token_ids=vocabulary.eos_token_ids,
             has_chat_template="" in vocabulary.chat_templates, special_tokens=vocabulary.special_tokens,
+            chat_template=template if len(template) <= _MAX_TOLD_TEMPLATE else "",
         )
 
     async def Vocabulary(self, request: Any, context: Any) -> AsyncIterator[Any]:

@@ -9,6 +9,7 @@ import asyncio
 import codecs
 import dataclasses
 import itertools
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -19,13 +20,22 @@ import pytest
 
 from plugmesh import wire
 from plugmesh.config import MeshConfig
-from plugmesh.errors import InvalidRequest, PlugmeshError
+from plugmesh.errors import InvalidRequest, PlugmeshError, UnsupportedGrammar
 from plugmesh.host import PluginHost
 from plugmesh.mesh.api import ServiceContext
 from plugmesh.types import InstanceInfo, KvLayout
 from plugmesh_gateway.config import Settings
 from plugmesh_gateway.service import GatewayService
-from plugmesh_proto.v1 import common_pb2, decode_pb2, decode_pb2_grpc, kvstore_pb2, tokenizer_pb2, tokenizer_pb2_grpc
+from plugmesh_proto.v1 import (
+    common_pb2,
+    decode_pb2,
+    decode_pb2_grpc,
+    grammar_pb2,
+    grammar_pb2_grpc,
+    kvstore_pb2,
+    tokenizer_pb2,
+    tokenizer_pb2_grpc,
+)
 
 EOS = 256
 VOCAB = 300
@@ -40,10 +50,12 @@ class ByteTokenizer(tokenizer_pb2_grpc.TokenizerServicer):
         self.num_replays = 0
         self.num_frames = 0
         self.open: set[int] = set()
+        self.chat_template = ""
+        self.chats: list[Any] = []
         self.vocabulary: Callable[[], list[Any]] | None = None  # parts to answer Vocabulary with; without, it has no such call
 
     async def Describe(self, request, context):
-        return tokenizer_pb2.TokenizerDescription(model="tiny", vocab_size=VOCAB, eos_token_ids=[EOS], has_chat_template=True)
+        return tokenizer_pb2.TokenizerDescription(model="tiny", vocab_size=VOCAB, eos_token_ids=[EOS], has_chat_template=True, chat_template=self.chat_template)
 
     async def Vocabulary(self, request, context):
         if self.vocabulary is None:
@@ -55,8 +67,9 @@ class ByteTokenizer(tokenizer_pb2_grpc.TokenizerServicer):
         return tokenizer_pb2.EncodeReply(token_ids=list(request.text.encode()))
 
     async def EncodeChat(self, request, context):
-        if any(m.role == "tool" for m in request.messages):
-            raise InvalidRequest("the template refuses role 'tool'", param="messages")
+        self.chats.append(request)
+        if any("refuse me" in m.content for m in request.messages):
+            raise InvalidRequest("the template refuses the messages", param="messages")
         text = "".join(f"<{m.role}>{m.content}" for m in request.messages)
         return tokenizer_pb2.EncodeReply(token_ids=list(text.encode()))
 
@@ -129,6 +142,32 @@ class Detokenizer:
         out = self.text[self.num_sent : end] if end > self.num_sent else ""
         self.num_sent += len(out)
         return out
+
+
+class NamingGrammars(grammar_pb2_grpc.GrammarServicer):
+    """Compiles nothing: a grammar's key is its source. Refuses schemas with `not`, as the real one refuses what it cannot enforce."""
+
+    def __init__(self) -> None:
+        self.specs: list[Any] = []
+        self.may_answer = asyncio.Event()
+        self.may_answer.set()
+
+    async def Compile(self, request, context):
+        self.specs.append(request.spec)
+        await self.may_answer.wait()
+        found = self._find(json.loads(request.spec.source) if request.spec.source[:1] == "{" else None, "")
+        if found is not None:
+            raise UnsupportedGrammar(f"not at {found} cannot be enforced", keyword="not", path=found)
+        return grammar_pb2.CompiledGrammarInfo(key=f"key of {request.spec.source}", engine="e", engine_version="1")
+
+    def _find(self, value: Any, path: str) -> str | None:
+        if isinstance(value, dict):
+            if "not" in value:
+                return f"{path}/not"
+            return next((f for k, v in value.items() if (f := self._find(v, f"{path}/{k}")) is not None), None)
+        if isinstance(value, list):
+            return next((f for i, v in enumerate(value) if (f := self._find(v, f"{path}/{i}")) is not None), None)
+        return None
 
 
 class ScriptedDecode(decode_pb2_grpc.DecodeServicer):
@@ -308,7 +347,8 @@ class TestMesh:
 
     async def add(self, role: str, servicer: Any, name: str = "") -> Peer:
         server = grpc.aio.server(interceptors=[Translate()])
-        adders = {"decode": decode_pb2_grpc.add_DecodeServicer_to_server, "tokenizer": tokenizer_pb2_grpc.add_TokenizerServicer_to_server}
+        adders = {"decode": decode_pb2_grpc.add_DecodeServicer_to_server, "tokenizer": tokenizer_pb2_grpc.add_TokenizerServicer_to_server,
+                  "grammar": grammar_pb2_grpc.add_GrammarServicer_to_server}
         adders[role](servicer, server)
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
@@ -387,6 +427,9 @@ class Stack:
     async def tokenizer(self) -> Peer:
         return await self.mesh.add("tokenizer", ByteTokenizer())
 
+    async def grammar(self) -> Peer:
+        return await self.mesh.add("grammar", NamingGrammars())
+
     async def stop(self) -> None:
         for client in self._clients:
             await client.close()
@@ -401,7 +444,7 @@ class Stack:
         g = self.gateway
         return (g.num_running == 0 and g.admission.num_places == 0 and g.admission.num_tokens == 0 and g.decode.num_requests == 0
                 and g.texts.num_sequences == 0 and not g.engine.router.router._requests and not g.engine.router.router._pending
-                and all(not p.servicer.live if p.info.role == "decode" else not p.servicer.open for p in self.mesh.peers.values()))
+                and all(not p.servicer.live if p.info.role == "decode" else not getattr(p.servicer, "open", ()) for p in self.mesh.peers.values()))
 
 
 async def until(condition: Callable[[], bool], timeout: float = 5.0) -> None:

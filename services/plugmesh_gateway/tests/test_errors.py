@@ -44,9 +44,8 @@ def chat(**kw):
     ({"messages": [{"role": "wizard", "content": "x"}]}, "messages[0].role"), ({"messages": [{"role": "user"}]}, "messages[0].content"),
     ({"messages": [{"content": "x"}]}, "messages[0].role"), ({"messages": USER * 1025}, "messages"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages[0].content[0]"),
-    ({"response_format": {"type": "json_object"}}, "response_format"), ({"tools": [{"type": "function"}]}, "tools"),
     ({"functions": [{}]}, "functions"), ({"audio": {}}, "audio"), ({"modalities": ["audio"]}, "modalities"),
-    ({"reasoning_effort": "high"}, "reasoning_effort"), ({"guided_json": {}}, "guided_json"), ({"prompt_logprobs": 1}, "prompt_logprobs"),
+    ({"reasoning_effort": "high"}, "reasoning_effort"), ({"prompt_logprobs": 1}, "prompt_logprobs"),
 ])
 def test_every_refusal_names_its_parameter(body, param):
     with pytest.raises(InvalidRequest) as e:
@@ -157,8 +156,8 @@ async def test_http_statuses_have_openais_shape(start):
         assert (long.status_code, shape_of(long)["code"]) == (400, "context_length_exceeded")
         vocabulary = await post(json={"messages": USER, "logit_bias": {"300": 1}})
         assert (vocabulary.status_code, shape_of(vocabulary)["param"]) == (400, "logit_bias")
-        template = await post(json={"messages": [{"role": "tool", "content": "x"}]})
-        assert (template.status_code, shape_of(template)["message"]) == (400, "the template refuses role 'tool'")
+        template = await post(json={"messages": [{"role": "user", "content": "refuse me"}]})
+        assert (template.status_code, shape_of(template)["message"]) == (400, "the template refuses the messages")
         outside = await post("/v1/completions", json={"prompt": [5, 300]})
         assert (outside.status_code, shape_of(outside)["param"]) == (400, "prompt")
         empty = await post("/v1/completions", json={"prompt": ""})

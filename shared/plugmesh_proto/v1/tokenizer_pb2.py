@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!plugmesh_proto/v1/tokenizer.proto\x12\x11plugmesh_proto.v1\")\n\x18\x44\x65scribeTokenizerRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\xb9\x02\n\x14TokenizerDescription\x12\r\n\x05model\x18\x01 \x01(\t\x12\x16\n\x0etokenizer_hash\x18\x02 \x01(\t\x12\x12\n\nvocab_size\x18\x03 \x01(\x05\x12\x19\n\x0c\x62os_token_id\x18\x04 \x01(\x05H\x00\x88\x01\x01\x12\x15\n\reos_token_ids\x18\x05 \x03(\x05\x12\x19\n\x11has_chat_template\x18\x06 \x01(\x08\x12R\n\x0especial_tokens\x18\x07 \x03(\x0b\x32:.plugmesh_proto.v1.TokenizerDescription.SpecialTokensEntry\x1a\x34\n\x12SpecialTokensEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x05:\x02\x38\x01\x42\x0f\n\r_bos_token_id\"_\n\rEncodeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x1a\n\x12\x61\x64\x64_special_tokens\x18\x03 \x01(\x08\x12\x15\n\rallow_special\x18\x04 \x01(\x08\"2\n\x0b\x45ncodeReply\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\x12\x10\n\x08rendered\x18\x02 \x01(\t\"N\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x12\n\nextra_json\x18\x04 \x01(\t\"\xde\x01\n\x11\x45ncodeChatRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x30\n\x08messages\x18\x02 \x03(\x0b\x32\x1e.plugmesh_proto.v1.ChatMessage\x12\x1d\n\x15\x61\x64\x64_generation_prompt\x18\x03 \x01(\x08\x12\x1e\n\x16\x63ontinue_final_message\x18\x04 \x01(\x08\x12\x12\n\ntools_json\x18\x05 \x01(\t\x12\x1c\n\x14template_kwargs_json\x18\x06 \x01(\t\x12\x17\n\x0freturn_rendered\x18\x07 \x01(\x08\"N\n\rDecodeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12\x1b\n\x13skip_special_tokens\x18\x03 \x01(\x08\"0\n\x0b\x44\x65\x63odeReply\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x13\n\x0btoken_bytes\x18\x02 \x03(\x0c\"\x82\x01\n\x0f\x44\x65tokenizeFrame\x12-\n\x04open\x18\x01 \x03(\x0b\x32\x1f.plugmesh_proto.v1.OpenSequence\x12\x31\n\x06tokens\x18\x02 \x03(\x0b\x32!.plugmesh_proto.v1.SequenceTokens\x12\r\n\x05\x63lose\x18\x03 \x03(\x04\"\xb4\x01\n\x0cOpenSequence\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0c\n\x04stop\x18\x03 \x03(\t\x12\x1b\n\x13skip_special_tokens\x18\x04 \x01(\x08\x12\x1e\n\x16include_stop_in_output\x18\x05 \x01(\x08\x12\x18\n\x10replay_token_ids\x18\x06 \x03(\x05\x12\x1b\n\x13num_delivered_chars\x18\x07 \x01(\x03\"J\n\x0eSequenceTokens\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12\x10\n\x08is_final\x18\x03 \x01(\x08\"E\n\x10\x44\x65tokenizedFrame\x12\x31\n\x05texts\x18\x01 \x03(\x0b\x32\".plugmesh_proto.v1.DetokenizedText\"\xb1\x01\n\x0f\x44\x65tokenizedText\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x17\n\x0fnum_chars_total\x18\x03 \x01(\x03\x12\x1b\n\x13num_tokens_consumed\x18\x04 \x01(\x05\x12\x0f\n\x07stopped\x18\x05 \x01(\x08\x12\x13\n\x0bstop_string\x18\x06 \x01(\t\x12\x10\n\x08is_final\x18\x07 \x01(\x08\x12\r\n\x05\x65rror\x18\x08 \x01(\t\"\x8d\x01\n\x0eVocabularyPart\x12\x16\n\x0etokenizer_hash\x18\x01 \x01(\t\x12\x12\n\nvocab_size\x18\x02 \x01(\x05\x12\x10\n\x08\x66irst_id\x18\x03 \x01(\x05\x12\x13\n\x0btoken_bytes\x18\x04 \x03(\x0c\x12\x13\n\x0bmissing_ids\x18\x05 \x03(\x05\x12\x13\n\x0bspecial_ids\x18\x06 \x03(\x05\x32\x94\x04\n\tTokenizer\x12`\n\x08\x44\x65scribe\x12+.plugmesh_proto.v1.DescribeTokenizerRequest\x1a\'.plugmesh_proto.v1.TokenizerDescription\x12J\n\x06\x45ncode\x12 .plugmesh_proto.v1.EncodeRequest\x1a\x1e.plugmesh_proto.v1.EncodeReply\x12R\n\nEncodeChat\x12$.plugmesh_proto.v1.EncodeChatRequest\x1a\x1e.plugmesh_proto.v1.EncodeReply\x12J\n\x06\x44\x65\x63ode\x12 .plugmesh_proto.v1.DecodeRequest\x1a\x1e.plugmesh_proto.v1.DecodeReply\x12Y\n\nDetokenize\x12\".plugmesh_proto.v1.DetokenizeFrame\x1a#.plugmesh_proto.v1.DetokenizedFrame(\x01\x30\x01\x12^\n\nVocabulary\x12+.plugmesh_proto.v1.DescribeTokenizerRequest\x1a!.plugmesh_proto.v1.VocabularyPart0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!plugmesh_proto/v1/tokenizer.proto\x12\x11plugmesh_proto.v1\")\n\x18\x44\x65scribeTokenizerRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\xd0\x02\n\x14TokenizerDescription\x12\r\n\x05model\x18\x01 \x01(\t\x12\x16\n\x0etokenizer_hash\x18\x02 \x01(\t\x12\x12\n\nvocab_size\x18\x03 \x01(\x05\x12\x19\n\x0c\x62os_token_id\x18\x04 \x01(\x05H\x00\x88\x01\x01\x12\x15\n\reos_token_ids\x18\x05 \x03(\x05\x12\x19\n\x11has_chat_template\x18\x06 \x01(\x08\x12R\n\x0especial_tokens\x18\x07 \x03(\x0b\x32:.plugmesh_proto.v1.TokenizerDescription.SpecialTokensEntry\x12\x15\n\rchat_template\x18\x08 \x01(\t\x1a\x34\n\x12SpecialTokensEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x05:\x02\x38\x01\x42\x0f\n\r_bos_token_id\"_\n\rEncodeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x1a\n\x12\x61\x64\x64_special_tokens\x18\x03 \x01(\x08\x12\x15\n\rallow_special\x18\x04 \x01(\x08\"2\n\x0b\x45ncodeReply\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\x12\x10\n\x08rendered\x18\x02 \x01(\t\"N\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x12\n\nextra_json\x18\x04 \x01(\t\"\xde\x01\n\x11\x45ncodeChatRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x30\n\x08messages\x18\x02 \x03(\x0b\x32\x1e.plugmesh_proto.v1.ChatMessage\x12\x1d\n\x15\x61\x64\x64_generation_prompt\x18\x03 \x01(\x08\x12\x1e\n\x16\x63ontinue_final_message\x18\x04 \x01(\x08\x12\x12\n\ntools_json\x18\x05 \x01(\t\x12\x1c\n\x14template_kwargs_json\x18\x06 \x01(\t\x12\x17\n\x0freturn_rendered\x18\x07 \x01(\x08\"N\n\rDecodeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12\x1b\n\x13skip_special_tokens\x18\x03 \x01(\x08\"0\n\x0b\x44\x65\x63odeReply\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x13\n\x0btoken_bytes\x18\x02 \x03(\x0c\"\x82\x01\n\x0f\x44\x65tokenizeFrame\x12-\n\x04open\x18\x01 \x03(\x0b\x32\x1f.plugmesh_proto.v1.OpenSequence\x12\x31\n\x06tokens\x18\x02 \x03(\x0b\x32!.plugmesh_proto.v1.SequenceTokens\x12\r\n\x05\x63lose\x18\x03 \x03(\x04\"\xb4\x01\n\x0cOpenSequence\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0c\n\x04stop\x18\x03 \x03(\t\x12\x1b\n\x13skip_special_tokens\x18\x04 \x01(\x08\x12\x1e\n\x16include_stop_in_output\x18\x05 \x01(\x08\x12\x18\n\x10replay_token_ids\x18\x06 \x03(\x05\x12\x1b\n\x13num_delivered_chars\x18\x07 \x01(\x03\"J\n\x0eSequenceTokens\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12\x10\n\x08is_final\x18\x03 \x01(\x08\"E\n\x10\x44\x65tokenizedFrame\x12\x31\n\x05texts\x18\x01 \x03(\x0b\x32\".plugmesh_proto.v1.DetokenizedText\"\xb1\x01\n\x0f\x44\x65tokenizedText\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x17\n\x0fnum_chars_total\x18\x03 \x01(\x03\x12\x1b\n\x13num_tokens_consumed\x18\x04 \x01(\x05\x12\x0f\n\x07stopped\x18\x05 \x01(\x08\x12\x13\n\x0bstop_string\x18\x06 \x01(\t\x12\x10\n\x08is_final\x18\x07 \x01(\x08\x12\r\n\x05\x65rror\x18\x08 \x01(\t\"\x8d\x01\n\x0eVocabularyPart\x12\x16\n\x0etokenizer_hash\x18\x01 \x01(\t\x12\x12\n\nvocab_size\x18\x02 \x01(\x05\x12\x10\n\x08\x66irst_id\x18\x03 \x01(\x05\x12\x13\n\x0btoken_bytes\x18\x04 \x03(\x0c\x12\x13\n\x0bmissing_ids\x18\x05 \x03(\x05\x12\x13\n\x0bspecial_ids\x18\x06 \x03(\x05\x32\x94\x04\n\tTokenizer\x12`\n\x08\x44\x65scribe\x12+.plugmesh_proto.v1.DescribeTokenizerRequest\x1a\'.plugmesh_proto.v1.TokenizerDescription\x12J\n\x06\x45ncode\x12 .plugmesh_proto.v1.EncodeRequest\x1a\x1e.plugmesh_proto.v1.EncodeReply\x12R\n\nEncodeChat\x12$.plugmesh_proto.v1.EncodeChatRequest\x1a\x1e.plugmesh_proto.v1.EncodeReply\x12J\n\x06\x44\x65\x63ode\x12 .plugmesh_proto.v1.DecodeRequest\x1a\x1e.plugmesh_proto.v1.DecodeReply\x12Y\n\nDetokenize\x12\".plugmesh_proto.v1.DetokenizeFrame\x1a#.plugmesh_proto.v1.DetokenizedFrame(\x01\x30\x01\x12^\n\nVocabulary\x12+.plugmesh_proto.v1.DescribeTokenizerRequest\x1a!.plugmesh_proto.v1.VocabularyPart0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,33 +36,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DESCRIBETOKENIZERREQUEST']._serialized_start=56
   _globals['_DESCRIBETOKENIZERREQUEST']._serialized_end=97
   _globals['_TOKENIZERDESCRIPTION']._serialized_start=100
-  _globals['_TOKENIZERDESCRIPTION']._serialized_end=413
-  _globals['_TOKENIZERDESCRIPTION_SPECIALTOKENSENTRY']._serialized_start=344
-  _globals['_TOKENIZERDESCRIPTION_SPECIALTOKENSENTRY']._serialized_end=396
-  _globals['_ENCODEREQUEST']._serialized_start=415
-  _globals['_ENCODEREQUEST']._serialized_end=510
-  _globals['_ENCODEREPLY']._serialized_start=512
-  _globals['_ENCODEREPLY']._serialized_end=562
-  _globals['_CHATMESSAGE']._serialized_start=564
-  _globals['_CHATMESSAGE']._serialized_end=642
-  _globals['_ENCODECHATREQUEST']._serialized_start=645
-  _globals['_ENCODECHATREQUEST']._serialized_end=867
-  _globals['_DECODEREQUEST']._serialized_start=869
-  _globals['_DECODEREQUEST']._serialized_end=947
-  _globals['_DECODEREPLY']._serialized_start=949
-  _globals['_DECODEREPLY']._serialized_end=997
-  _globals['_DETOKENIZEFRAME']._serialized_start=1000
-  _globals['_DETOKENIZEFRAME']._serialized_end=1130
-  _globals['_OPENSEQUENCE']._serialized_start=1133
-  _globals['_OPENSEQUENCE']._serialized_end=1313
-  _globals['_SEQUENCETOKENS']._serialized_start=1315
-  _globals['_SEQUENCETOKENS']._serialized_end=1389
-  _globals['_DETOKENIZEDFRAME']._serialized_start=1391
-  _globals['_DETOKENIZEDFRAME']._serialized_end=1460
-  _globals['_DETOKENIZEDTEXT']._serialized_start=1463
-  _globals['_DETOKENIZEDTEXT']._serialized_end=1640
-  _globals['_VOCABULARYPART']._serialized_start=1643
-  _globals['_VOCABULARYPART']._serialized_end=1784
-  _globals['_TOKENIZER']._serialized_start=1787
-  _globals['_TOKENIZER']._serialized_end=2319
+  _globals['_TOKENIZERDESCRIPTION']._serialized_end=436
+  _globals['_TOKENIZERDESCRIPTION_SPECIALTOKENSENTRY']._serialized_start=367
+  _globals['_TOKENIZERDESCRIPTION_SPECIALTOKENSENTRY']._serialized_end=419
+  _globals['_ENCODEREQUEST']._serialized_start=438
+  _globals['_ENCODEREQUEST']._serialized_end=533
+  _globals['_ENCODEREPLY']._serialized_start=535
+  _globals['_ENCODEREPLY']._serialized_end=585
+  _globals['_CHATMESSAGE']._serialized_start=587
+  _globals['_CHATMESSAGE']._serialized_end=665
+  _globals['_ENCODECHATREQUEST']._serialized_start=668
+  _globals['_ENCODECHATREQUEST']._serialized_end=890
+  _globals['_DECODEREQUEST']._serialized_start=892
+  _globals['_DECODEREQUEST']._serialized_end=970
+  _globals['_DECODEREPLY']._serialized_start=972
+  _globals['_DECODEREPLY']._serialized_end=1020
+  _globals['_DETOKENIZEFRAME']._serialized_start=1023
+  _globals['_DETOKENIZEFRAME']._serialized_end=1153
+  _globals['_OPENSEQUENCE']._serialized_start=1156
+  _globals['_OPENSEQUENCE']._serialized_end=1336
+  _globals['_SEQUENCETOKENS']._serialized_start=1338
+  _globals['_SEQUENCETOKENS']._serialized_end=1412
+  _globals['_DETOKENIZEDFRAME']._serialized_start=1414
+  _globals['_DETOKENIZEDFRAME']._serialized_end=1483
+  _globals['_DETOKENIZEDTEXT']._serialized_start=1486
+  _globals['_DETOKENIZEDTEXT']._serialized_end=1663
+  _globals['_VOCABULARYPART']._serialized_start=1666
+  _globals['_VOCABULARYPART']._serialized_end=1807
+  _globals['_TOKENIZER']._serialized_start=1810
+  _globals['_TOKENIZER']._serialized_end=2342
 # @@protoc_insertion_point(module_scope)

@@ -13,7 +13,7 @@ class DescribeTokenizerRequest(_message.Message):
     def __init__(self, model: _Optional[str] = ...) -> None: ...
 
 class TokenizerDescription(_message.Message):
-    __slots__ = ("model", "tokenizer_hash", "vocab_size", "bos_token_id", "eos_token_ids", "has_chat_template", "special_tokens")
+    __slots__ = ("model", "tokenizer_hash", "vocab_size", "bos_token_id", "eos_token_ids", "has_chat_template", "special_tokens", "chat_template")
     class SpecialTokensEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -28,6 +28,7 @@ class TokenizerDescription(_message.Message):
     EOS_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     HAS_CHAT_TEMPLATE_FIELD_NUMBER: _ClassVar[int]
     SPECIAL_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CHAT_TEMPLATE_FIELD_NUMBER: _ClassVar[int]
     model: str
     tokenizer_hash: str
     vocab_size: int
@@ -35,7 +36,8 @@ class TokenizerDescription(_message.Message):
     eos_token_ids: _containers.RepeatedScalarFieldContainer[int]
     has_chat_template: bool
     special_tokens: _containers.ScalarMap[str, int]
-    def __init__(self, model: _Optional[str] = ..., tokenizer_hash: _Optional[str] = ..., vocab_size: _Optional[int] = ..., bos_token_id: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., has_chat_template: _Optional[bool] = ..., special_tokens: _Optional[_Mapping[str, int]] = ...) -> None: ...
+    chat_template: str
+    def __init__(self, model: _Optional[str] = ..., tokenizer_hash: _Optional[str] = ..., vocab_size: _Optional[int] = ..., bos_token_id: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., has_chat_template: _Optional[bool] = ..., special_tokens: _Optional[_Mapping[str, int]] = ..., chat_template: _Optional[str] = ...) -> None: ...
 
 class EncodeRequest(_message.Message):
     __slots__ = ("model", "text", "add_special_tokens", "allow_special")
