@@ -25,6 +25,8 @@ def check_request(request: EngineRequest, model: ModelConfig, config: EngineConf
         raise LimitExceeded(f"{request.num_sequences} sequences wanted, at most {config.max_num_sequences} run together", param=param)
     _check_resume(request, model.vocab_size)
     _check_primitives(request, model)
+    if request.grammar is not None:
+        _check_grammar(request)
     num_prompt = len(request.token_ids)
     if request.score:
         longest = max(map(len, request.score))
@@ -103,6 +105,13 @@ def _check_primitives(request: EngineRequest, model: ModelConfig) -> None:
         raise InvalidRequest("tap_from must be 0 or more", param="tap_from")
     if request.max_total_tokens < 0:
         raise InvalidRequest("max_total_tokens must be 0 or more", param="max_total_tokens")
+
+
+def _check_grammar(request: EngineRequest) -> None:
+    if request.score or request.taps or request.prefill_only:
+        raise InvalidRequest("a request with a grammar generates: no score, taps or prefill_only", param="grammar")
+    if request.sampling.ignore_eos:
+        raise InvalidRequest("with a grammar the output ends where it must; ignore_eos cannot be kept", param="ignore_eos")
 
 
 def _check_kv(request: EngineRequest, layout: KvLayout) -> None:

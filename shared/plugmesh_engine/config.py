@@ -33,6 +33,8 @@ class EngineConfig:
         prefix_cache: Whether blocks stay findable after their sequence ended.
         num_threads: Threads of the executor; 0 takes all cores that the process may run on (torch: leaves the process's setting).
         max_held: Sequences that may be held after their end (`EngineRequest.hold`); Overloaded above it.
+        jump_forward: Append text that a grammar leaves no choice about without a forward pass for each token.
+        grammar_timeout_s: A grammar's matcher that takes longer for one step costs its request, so that the others go on.
         max_draft_tokens: Most tokens that a draft method may add to one sequence's step; 0 switches drafting off.
     """
 
@@ -50,6 +52,8 @@ class EngineConfig:
     num_threads: int = 0
     max_draft_tokens: int = 16
     max_held: int = 64
+    jump_forward: bool = True
+    grammar_timeout_s: float = 1.0
 
 
 def resolve_executor(config: EngineConfig, architecture: str = "llama") -> str:

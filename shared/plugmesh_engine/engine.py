@@ -20,6 +20,7 @@ from plugmesh.types import BLOCK_TOKENS, FinishReason, TokenInfo, Usage, block_c
 from plugmesh_engine.admission import check_request
 from plugmesh_engine.batch import StepResult
 from plugmesh_engine.config import EngineConfig
+from plugmesh_engine.constrained import WINDOW_TOKENS, Advance, Cursor, Grammars
 from plugmesh_engine.filtering import Filtering
 from plugmesh_engine.forks import Holds, Origin
 from plugmesh_engine.kv.pool import BlockPool
@@ -109,6 +110,8 @@ class Engine(Memory):
                     DraftContext(config.max_draft_tokens, config.max_num_sequences, config.num_blocks, c.vocab_size, self.measure_step_ms)
                 )
             self._drafter = Drafter(drafts, name, max_tokens=config.max_draft_tokens, max_model_len=self.max_model_len, vocab_size=c.vocab_size)
+        self._grammars = Grammars(c.vocab_size, c.eos_token_ids, jump=config.jump_forward, timeout_s=config.grammar_timeout_s)
+        self._filling: list[Seq] = []  # sequences whose masks are computed beside the forward pass
         self._filtering: Filtering | None = None
         if prompt_filter is not None:
             self._filtering = Filtering(
@@ -125,6 +128,7 @@ class Engine(Memory):
             Overloaded: `max_waiting` requests wait already, or as many sequences are held as may be.
             ContextLengthExceeded: Prompt plus max_tokens exceed the context, or the prompt the KV pool.
             InvalidRequest: A field is out of range; `param` names it.
+            GrammarTimeout, InternalError: The grammar's matcher hung or raised.
         """
         self._add(request)
 
@@ -188,6 +192,9 @@ class Engine(Memory):
             to_hold = sum(len(g.alive) for g in self._groups.values() if g.request.hold)
             if self._holds.num_sequences + to_hold + request.num_sequences > self.config.max_held:
                 raise Overloaded(f"{self._holds.num_sequences} sequences are held and {to_hold} will be, at most {self.config.max_held}", retry_after_s=1.0)
+        cursors: list[Cursor] = []
+        if request.grammar is not None:
+            cursors = self._grammars.open(request.grammar, request.resume or ((),) * request.num_sequences)
         sampling = request.sampling
         seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
         group = Group(request, self._arrivals, seed, kv=request.kv, cache=request.use_prefix_cache and self.config.prefix_cache)
@@ -196,6 +203,8 @@ class Engine(Memory):
             old = request.resume[i] if request.resume else ()
             score = request.score[i] if request.score else ()
             seq = Seq(group, i, [*request.token_ids, *old, *score[:-1]], num_resumed=len(old), to_score=score, num_tapped=request.tap_from)
+            if cursors:
+                seq.grammar = cursors[i]
             if needs_counts(sampling):
                 seq.counts = {}
                 for token in old:
@@ -210,6 +219,8 @@ class Engine(Memory):
             for block in group.inherited:
                 self._pool.hold(block)
         self._finish_complete_resumes(group)
+        if cursors:
+            self._go_on_from_resumed(group)
         if group.alive and (self._filtering is None or origin is not None or not self._filtering.take(group)):
             self._enter(group)
 
@@ -315,6 +326,9 @@ class Engine(Memory):
             num_filtered_prompts=self._filtering.num_prompts if self._filtering is not None else 0,
             num_tokens_left_out=self._filtering.num_tokens_left_out if self._filtering is not None else 0,
             num_filter_errors=self._filtering.num_errors if self._filtering is not None else 0,
+            num_masks_filled=self._grammars.counters.num_masks_filled, num_masks_skipped=self._grammars.counters.num_masks_skipped,
+            num_masks_late=self._grammars.counters.num_masks_late, num_jumped_tokens=self._grammars.counters.num_jumped_tokens,
+            num_grammar_errors=self._grammars.counters.num_errors,
         )  # fmt: skip
 
     def measure_step_ms(self, num_prefill_tokens: int, num_decodes: int, kv_tokens: int) -> float:
@@ -327,6 +341,7 @@ class Engine(Memory):
 
     def close(self) -> None:
         """Ends the executor's threads. No other method may be called afterwards."""
+        self._grammars.close()
         self._executor.close()
 
     # -- one step --------------------------------------------------------------------------------------------------
@@ -389,6 +404,11 @@ class Engine(Memory):
         if self._drafter is None:
             return
         self._drafter.propose(plan)
+        constrained = [p for p in plan if p.draft and p.seq.grammar is not None]
+        if constrained:
+            drafts = self._grammars.cut([(p.seq.grammar, p.draft) for p in constrained if p.seq.grammar is not None])
+            for p, draft in zip(constrained, drafts, strict=True):
+                p.draft = draft
         for p in plan:
             if p.draft:
                 s = p.seq
@@ -402,6 +422,7 @@ class Engine(Memory):
             return plan, None
         self._num_steps += 1
         result: StepResult | None
+        self._fill_masks(plan)
         try:
             result = self._compute(plan)
             done = plan
@@ -441,11 +462,37 @@ class Engine(Memory):
 
     def _sample(self, plan: list[Planned], result: StepResult | None) -> list[Sampled]:
         """A token for every wanted row of every sequence whose pending tokens are all computed; prompts shared by siblings are forked here."""
+        self._collect_masks()
         best = result.best.tolist() if result is not None else []
         if self._drafter is not None and -1 in best:
             drop_bad_drafts(plan, best, self._pool)
         self._after_compute(plan)
         return [] if result is None else choose_tokens(plan, result, best, self._siblings, self._choose, self._eos)
+
+    def _fill_masks(self, plan: Iterable[Planned]) -> None:
+        """Begins to compute what the grammars of a step allow, for every row that a token will be sampled from."""
+        rows: list[tuple[Cursor, Sequence[int]]] = []
+        for p in plan:
+            s, g = p.seq, p.seq.group
+            if s.grammar is None or s.num_computed + p.num_tokens < s.target:
+                continue
+            samplers = [s] if g.forked else [a for a in g.alive if len(a.tokens) == g.num_prompt]
+            self._filling.extend(samplers)
+            rows.extend((a.grammar, p.draft) for a in samplers if a.grammar is not None)
+        if rows:
+            self._grammars.fill(rows)
+
+    def _collect_masks(self) -> None:
+        """Waits for the masks. A request whose matcher failed ends here."""
+        if self._filling:
+            self._grammars.collect()
+            self._fail_unmatched(self._filling)
+            self._filling = []
+
+    def _fail_unmatched(self, sequences: Iterable[Seq]) -> None:
+        for s in sequences:
+            if s.grammar is not None and s.grammar.error is not None and s.state is not State.FINISHED:
+                self._fail(s.group, s.grammar.error)
 
     def _siblings(self, first: Seq) -> list[Seq]:
         self._fork(first)
@@ -453,45 +500,94 @@ class Engine(Memory):
 
     def _append(self, sampled: list[Sampled]) -> None:
         """Appends the tokens, a drafted one only where the sampler chose the same, and ends what is complete."""
+        obeyed = self._obey(sampled)
         for s, p, infos in sampled:
             if s.state is not State.RUNNING:  # a sibling's error ended the request, or its last token that all may generate together
                 continue
             if s.to_score:
                 self._append_scores(s, infos)
                 continue
-            g, index, draft = s.group, s.num_generated, p.draft
-            limit = g.request.max_total_tokens
-            reason: FinishReason | None = None
-            told: list[TokenInfo] = []
-            for info in infos:
-                if info is None:  # at the first row that is the model's failure; behind it the next step will see
-                    break
-                token = info.token_id
-                told.append(info)
-                s.tokens.append(token)
-                s.count(token)
-                reason = self._finish_reason(s, token)
-                if limit and reason is None and g.num_total + len(told) >= limit:
-                    reason = FinishReason.LENGTH
-                if reason is not None or len(told) > len(draft) or draft[len(told) - 1] != token:
-                    break
-            if not told:
-                self._fail(g, InternalError("the model gave no finite logits for this request"))
-                continue
-            self._num_generated += len(told)
-            g.num_total += len(told)
-            if len(told) > 1:  # the KV of accepted tokens is there already
-                p.num_accepted = len(told) - 1
-                s.num_computed += len(told) - 1
-                if g.cache:
-                    s.register(self._pool.prefix, self._layout_key)
-            if reason is not None or g.request.prefill_only:
-                self._end(s, reason or FinishReason.LENGTH)
-            self._tell(s, index, tuple(told), reason)
-            if limit and g.num_total >= limit:
-                for sibling in g.alive:
-                    self._end(sibling, FinishReason.LENGTH)
-                    self._tell(sibling, sibling.num_generated, (), FinishReason.LENGTH)
+            step = obeyed.get(id(s))
+            if not self._extend(s, p, infos if step is None else _told(step, infos), step):
+                self._fail(s.group, InternalError("the model gave no finite logits for this request"))
+
+    def _extend(self, s: Seq, p: Planned | None, infos: Sequence[TokenInfo | None], obeyed: Advance | None) -> bool:
+        """Appends what a step gave, or a grammar alone (no part of a step then), tells it, and ends what is complete. False when there was no token."""
+        g, index, draft = s.group, s.num_generated, p.draft if p is not None else ()
+        limit = g.request.max_total_tokens
+        reason: FinishReason | None = None
+        told: list[TokenInfo] = []
+        num_drafted = 0  # of the tokens told: what was computed already
+        for info in infos:
+            if info is None:  # at the first row that is the model's failure; behind it the next step will see
+                break
+            token = info.token_id
+            is_drafted = num_drafted == len(told) < len(draft) and draft[num_drafted] == token
+            num_drafted += is_drafted
+            told.append(info)
+            s.tokens.append(token)
+            s.count(token)
+            reason = self._finish_reason(s, token)
+            if limit and reason is None and g.num_total + len(told) >= limit:
+                reason = FinishReason.LENGTH
+            if reason is not None or (obeyed is None and not is_drafted):
+                break
+        if not told:
+            return False
+        if obeyed is not None and obeyed.told is not None and obeyed.told.is_over and len(told) == len(obeyed.told.tokens):
+            reason = FinishReason.STOP
+        self._num_generated += len(told)
+        g.num_total += len(told)
+        num_accepted = min(num_drafted, len(told) - 1)  # one is left to compute
+        if p is not None and num_accepted:  # the KV of accepted tokens is there already
+            p.num_accepted = num_accepted
+            s.num_computed += num_accepted
+            if g.cache:
+                s.register(self._pool.prefix, self._layout_key)
+        if reason is not None or g.request.prefill_only:
+            self._end(s, reason or FinishReason.LENGTH)
+        self._tell(s, index, tuple(told), reason)
+        if limit and g.num_total >= limit:
+            for sibling in g.alive:
+                self._end(sibling, FinishReason.LENGTH)
+                self._tell(sibling, sibling.num_generated, (), FinishReason.LENGTH)
+        return True
+
+    def _obey(self, sampled: Iterable[Sampled]) -> dict[int, Advance]:
+        """Takes the constrained sequences on in their grammars, and what is forced behind their tokens; by the sequence's `id`. Those that fail end here."""
+        found: dict[int, Advance] = {}
+        sequences: list[Seq] = []
+        for s, p, infos in sampled:
+            if s.grammar is not None and s.state is State.RUNNING:
+                sequences.append(s)
+                found[id(s)] = self._advance_of(s, [-1 if i is None else i.token_id for i in infos], p.draft)
+        if found:
+            self._grammars.advance(list(found.values()))
+            self._fail_unmatched(sequences)
+        return found
+
+    def _advance_of(self, s: Seq, sampled: Sequence[int], draft: Sequence[int]) -> Advance:
+        g = s.group
+        assert s.grammar is not None and g.request.grammar is not None
+        budget = min(s.sampling.max_tokens - s.num_generated, self.max_model_len - len(s.tokens))
+        if g.request.max_total_tokens:
+            budget = min(budget, g.request.max_total_tokens - g.num_total)
+        explains = s.sampling.logprobs or s.sampling.confidence_top_k > 0  # every token's row is wanted
+        jumper = None if explains else self._grammars.jumper(g.request.grammar)
+        last = s.tokens[max(g.num_prompt, len(s.tokens) - WINDOW_TOKENS[0]) :]
+        return Advance(s.grammar, sampled, last, draft, budget, g.end_ids(self._eos), jumper)
+
+    def _go_on_from_resumed(self, g: Group) -> None:
+        """Appends what an undisturbed run would have had forced behind the resumed tokens, perhaps in the middle of it."""
+        found = {id(s): self._advance_of(s, (), ()) for s in g.alive if s.num_resumed}
+        if not found:
+            return
+        self._grammars.resume(list(found.values()))
+        self._fail_unmatched(list(g.alive))
+        for s in list(g.alive):
+            step = found.get(id(s))
+            if s.state is not State.FINISHED and step is not None and step.told is not None and step.told.tokens:
+                self._extend(s, None, _told(step, ()), step)
 
     def _append_scores(self, s: Seq, infos: Sequence[TokenInfo | None]) -> None:
         """Tells given tokens and ends a sequence with the last of them."""
@@ -600,7 +696,8 @@ class Engine(Memory):
         """Ends sequences that came complete: marked so, or whose tokens end them anyway."""
         for s in list(g.alive):
             known = bool(g.request.resume_finished and g.request.resume_finished[s.index])
-            reason = FinishReason.STOP if known else self._finish_reason(s, s.tokens[-1]) if s.num_resumed else None
+            is_complete = known or (s.grammar is not None and s.grammar.is_over)
+            reason = FinishReason.STOP if is_complete else self._finish_reason(s, s.tokens[-1]) if s.num_resumed else None
             if reason is not None:
                 self._end(s, reason)
                 if not known or not g.alive:  # an end that was told before is told again only to end the request
@@ -617,3 +714,9 @@ class Engine(Memory):
         if g.request.score:
             return Usage(g.num_prompt + sum(map(len, g.request.score)), 0, max(0, g.num_cached_tokens))
         return Usage(g.num_given, sum(s.num_generated for s in g.sequences), max(0, g.num_cached_tokens))
+
+
+def _told(step: Advance, infos: Sequence[TokenInfo | None]) -> list[TokenInfo | None]:
+    """A grammar's tokens with what is known of those that were sampled."""
+    assert step.told is not None
+    return [infos[row] if row >= 0 else TokenInfo(token) for token, row in zip(step.told.tokens, step.told.rows, strict=True)]

@@ -130,7 +130,7 @@ def _sample_row(s: Seq, draft: Sequence[int], num_before: int, eos: tuple[int, .
             counts[token] = counts.get(token, 0) + 1
     return SampleRow(
         params=g.request.sampling, seed=g.seed, sequence=s.index, position=s.num_generated + num_before, prompt_ids=g.distinct_prompt_ids,
-        counts=counts, end_ids=g.end_ids(eos),
+        counts=counts, end_ids=g.end_ids(eos), mask=s.grammar.mask(num_before) if s.grammar is not None else None,
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from plugmesh.errors import PlugmeshError
 from plugmesh.types import FinishReason, SamplingParams, TokenInfo, Usage
+from plugmesh_engine.constrained import Constraint
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,8 @@ class EngineRequest:
         taps: Layers whose input (the number of layers: the last one's output) is told as `HiddenRows`, of prompt and output; of one sequence.
         tap_from: First position that is told.
         max_total_tokens: Tokens that all sequences may generate together, resumed ones included; 0 for no such limit. The token that reaches it ends them all.
+        grammar: What each sequence's output obeys, resumed tokens included. It ends with STOP where nothing but an end token may follow, without one.
+            Text that is forced comes as tokens of its own accord, several in an event, unless log-probabilities or confidences are asked for.
     """
 
     request_id: str
@@ -59,6 +62,7 @@ class EngineRequest:
     taps: tuple[int, ...] = ()
     tap_from: int = 0
     max_total_tokens: int = 0
+    grammar: Constraint | None = None
 
     @property
     def num_sequences(self) -> int:
@@ -141,6 +145,10 @@ class EngineStats:
         num_draft_errors: Calls of a draft method that raised or gave nonsense; their steps went on without drafts.
         num_filtered_prompts, num_tokens_left_out: Prompts that a filter chose tokens of, and their tokens that it did not choose.
         num_filter_errors: Prompts that were read whole because a filter raised or gave nonsense.
+        num_masks_filled, num_masks_skipped: Rows of constrained sequences with a mask, and without because every token was allowed.
+        num_masks_late: Steps that waited for masks when their forward pass was done.
+        num_jumped_tokens: Tokens that grammars forced, without a forward pass of their own.
+        num_grammar_errors: Requests that ended because their grammar's matcher raised, hung or contradicted itself.
     """
 
     num_running: int
@@ -166,3 +174,8 @@ class EngineStats:
     num_filtered_prompts: int = 0
     num_tokens_left_out: int = 0
     num_filter_errors: int = 0
+    num_masks_filled: int = 0
+    num_masks_skipped: int = 0
+    num_masks_late: int = 0
+    num_jumped_tokens: int = 0
+    num_grammar_errors: int = 0

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from plugmesh.types import SamplingParams, TokenInfo
+from plugmesh_engine.constrained import without
 
 _CANDIDATES = 1024  # sorted before a full sort is tried; nearly every top-p lies within
 _MASK = 0xFFFFFFFFFFFFFFFF
@@ -24,6 +25,7 @@ class SampleRow:
         prompt_ids: Gives the distinct tokens of the prompt, int64; called for the repetition penalty only.
         counts: Generated tokens and how often each occurred; read for the penalties only.
         end_ids: Tokens that end the sequence, forbidden before `min_tokens`.
+        mask: (words,) uint32, a bit for every token that a grammar allows; None for all. What `min_tokens` would forbid stays where nothing else is allowed.
     """
 
     params: SamplingParams
@@ -33,6 +35,7 @@ class SampleRow:
     prompt_ids: Callable[[], np.ndarray]
     counts: Mapping[int, int]
     end_ids: Sequence[int]
+    mask: np.ndarray | None = None
 
 
 Choose = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
@@ -57,6 +60,7 @@ def sample(logits: np.ndarray, rows: Sequence[SampleRow], choose: Choose | None 
     for i, r in enumerate(rows):
         if _edits(r):
             _edit(logits[i], r)
+    _mask(logits, rows)
     logits[spoiled] = np.nan
     chosen = _choose(logits, rows, choose)
     infos = _infos(logits, rows, chosen)
@@ -118,12 +122,30 @@ def _uniform(seed: int, sequence: int, position: int) -> float:
     return (h >> 11) * 2.0**-53
 
 
+def _mask(logits: np.ndarray, rows: Sequence[SampleRow]) -> None:
+    """Forbids what grammars do not allow; rows without one are not touched."""
+    wanted = [i for i, r in enumerate(rows) if r.mask is not None]
+    if not wanted:
+        return
+    masks = [without(m, r.end_ids) if r.position < r.params.min_tokens else m for r in rows if (m := r.mask) is not None]
+    kernels = _kernels()
+    forbid = mask_rows if kernels is None else kernels.mask_rows
+    forbid(logits, np.stack(masks) if len(masks) > 1 else masks[0][None], np.array(wanted, np.int32))
+
+
+def mask_rows(logits: np.ndarray, masks: np.ndarray, rows: np.ndarray) -> None:
+    """`plugmesh_kernels.native().mask_rows` in numpy: row `rows[i]` of (R, vocab) becomes -inf, in place, where `masks[i]` (words,) uint32 has no bit."""
+    for row, mask in zip(rows, masks, strict=True):
+        allowed = np.unpackbits(mask.astype("<u4", copy=False).view(np.uint8), bitorder="little")[: logits.shape[1]]
+        logits[row, allowed == 0] = -np.inf
+
+
 # -- what changes the logits ---------------------------------------------------------------------------------------------------
 
 
 def _edits(r: SampleRow) -> bool:
     p = r.params
-    return bool(p.logit_bias) or needs_counts(p) or r.position < p.min_tokens
+    return bool(p.logit_bias) or needs_counts(p) or r.position < p.min_tokens or r.mask is not None
 
 
 def _edit(x: np.ndarray, r: SampleRow) -> None:
@@ -141,7 +163,7 @@ def _edit(x: np.ndarray, r: SampleRow) -> None:
         n = len(r.counts)
         less = p.presence_penalty + p.frequency_penalty * np.fromiter(r.counts.values(), np.float64, n)
         x[np.fromiter(r.counts.keys(), np.int64, n)] -= less.astype(np.float32)
-    if r.position < p.min_tokens and r.end_ids:
+    if r.position < p.min_tokens and r.end_ids and r.mask is None:
         x[list(r.end_ids)] = -np.inf
 
 
@@ -246,7 +268,8 @@ def _infos(logits: np.ndarray, rows: Sequence[SampleRow], chosen: np.ndarray) ->
     logprob, ids, values = tell(logits if len(wanted) == len(rows) else logits[wanted], tokens, num_top)
     for i, token, lp, row_ids, row_values in zip(wanted, tokens.tolist(), logprob.tolist(), ids.tolist(), values.tolist(), strict=True):
         n = rows[i].params.top_logprobs
-        infos[i] = TokenInfo(token, lp, tuple(zip(row_ids[:n], row_values[:n], strict=True)))
+        top = zip(row_ids[:n], row_values[:n], strict=True)
+        infos[i] = TokenInfo(token, lp, tuple(top) if rows[i].mask is None else tuple((t, v) for t, v in top if v > -np.inf))
     return infos
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from plugmesh.types import BLOCK_TOKENS, FinishReason, SamplingParams, block_id
+from plugmesh_engine.constrained import Cursor
 from plugmesh_engine.kv.prefix import PrefixCache
 from plugmesh_engine.requests import EngineRequest, KvSource
 from plugmesh_engine.sampler import needs_logits
@@ -64,7 +65,7 @@ class Group:
     def __post_init__(self) -> None:
         self.num_prompt = self.num_given = len(self.request.token_ids)
         self.num_shared = self.num_prompt - (1 if self.request.score else 0)
-        self.needs_logits = needs_logits(self.request.sampling)
+        self.needs_logits = self.request.grammar is not None or needs_logits(self.request.sampling)
 
     def choose_prompt(self, token_ids: tuple[int, ...]) -> None:
         """Other tokens take the prompt's place, before any of it was computed. What was generated before (`EngineRequest.resume`) stays."""
@@ -112,6 +113,7 @@ class Sequence:
         skips_draft: Its next step runs without a draft, to tell the draft's fault from its own.
         to_score: Given tokens; `tokens` ends with the last but one of them. `num_scored` of them were told.
         num_tapped: Position of the next hidden state to tell.
+        grammar: Where it stands in its request's grammar.
     """
 
     group: Group
@@ -132,6 +134,7 @@ class Sequence:
     to_score: tuple[int, ...] = ()
     num_scored: int = 0
     num_tapped: int = 0
+    grammar: Cursor | None = None
 
     def __post_init__(self) -> None:
         self.order = (self.group.request.priority, self.group.arrival, self.index)

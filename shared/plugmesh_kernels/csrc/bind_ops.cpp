@@ -1,6 +1,6 @@
 // Python's door to the kernels of ops.*, attention.* and sample.*: numpy arrays in, numpy arrays out, one thread, without the GIL.
 //
-// sample_rows and logprobs_rows serve the engine; everything that takes `isa` is there for tests and measurements.
+// sample_rows, logprobs_rows and mask_rows serve the engine; everything that takes `isa` is there for tests and measurements.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
@@ -77,6 +77,21 @@ py::tuple logprobs_rows(Array<float> logits, Array<int32_t> tokens, int num_top,
       logprobs_row_with(pass, logits.data() + r * n, int(n), tokens.data()[r], num_top, lp + r, i + r * num_top, v + r * num_top);
   }
   return py::make_tuple(logprob, ids, values);
+}
+
+// Row rows[i] of the logits becomes -infinity where masks[i] has no bit.
+void mask_rows(Exact<float> logits, Exact<uint32_t> masks, Array<int32_t> rows, const std::string& isa) {
+  require(logits.ndim() == 2 && masks.ndim() == 2, "logits: (R, V), masks: (M, words)");
+  const auto num_rows = logits.shape(0), n = logits.shape(1), words = masks.shape(1);
+  require(rows.size() == masks.shape(0) && words * 32 >= n, "one row per mask, one bit per token");
+  for (py::ssize_t i = 0; i < rows.size(); ++i) require(rows.data()[i] >= 0 && rows.data()[i] < num_rows, "row out of range");
+  const SamplePasses& pass = passes(isa);
+  float* x = logits.mutable_data();
+  const uint32_t* mask = masks.data();
+  const int32_t* at = rows.data();
+  const auto count = rows.size();
+  py::gil_scoped_release release;
+  for (py::ssize_t i = 0; i < count; ++i) pass.forbid(x + at[i] * n, int(n), mask + i * words);
 }
 
 py::array_t<float> rms_norm(const std::string& isa, Array<float> x, Array<float> weight, float eps) {
@@ -167,6 +182,8 @@ void bind_ops(py::module_& m) {
         "min_p"_a, "u"_a, "isa"_a = "");
   m.def("logprobs_rows", logprobs_rows, "Log-probability of each row's token, and ids and log-probabilities of the best.", "logits"_a, "tokens"_a,
         "num_top"_a, "isa"_a = "");
+  m.def("mask_rows", mask_rows, "Sets the logits of tokens without a bit to -infinity, in place.", "logits"_a.noconvert(), "masks"_a.noconvert(), "rows"_a,
+        "isa"_a = "");
   py::class_<PyKv>(m, "KvArray")
       .def(py::init<Exact<uint8_t>, int, int, int, bool>(), "memory"_a.noconvert(), "num_layers"_a, "kv_heads"_a, "head_dim"_a, "int8"_a)
       .def_static(

@@ -15,6 +15,8 @@ struct SamplePasses {
   int (*keep)(const float* x, int n, float floor, float* out);
   // Index of the first value > floor from `begin` on, or n.
   int (*next_above)(const float* x, int begin, int n, float floor);
+  // x[i] = -infinity where bit i % 32 of mask[i / 32] is 0. What is allowed is not written.
+  void (*forbid)(float* x, int n, const uint32_t* mask);
 };
 
 const SamplePasses* sample_avx512();  // nullptr where the architecture lacks it

@@ -1,6 +1,8 @@
 // Sampling passes with AVX2 and FMA.
 #include "sample.h"
 
+#include <limits>
+
 #if defined(__x86_64__)
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c,bmi,bmi2")
@@ -13,7 +15,7 @@
 
 namespace pm {
 const SamplePasses* sample_avx2() {
-  static const SamplePasses passes = {"avx2", ops_avx2(), avx2::mass, avx2::masses, avx2::keep, avx2::next_above};
+  static const SamplePasses passes = {"avx2", ops_avx2(), avx2::mass, avx2::masses, avx2::keep, avx2::next_above, avx2::forbid};
   return &passes;
 }
 }  // namespace pm

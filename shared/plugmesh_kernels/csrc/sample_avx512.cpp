@@ -1,6 +1,8 @@
 // Sampling passes with AVX-512.
 #include "sample.h"
 
+#include <limits>
+
 #if defined(__x86_64__)
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,avx512vbmi,avx2,fma,f16c,bmi,bmi2,popcnt,prefer-vector-width=512")
@@ -63,11 +65,22 @@ static int next_above(const float* x, int begin, int n, float floor) {
   return n;
 }
 
+static void forbid(float* x, int n, const uint32_t* mask) {
+  const __m512 minus_infinity = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+  for (int i = 0; i < n; i += 32) {
+    const uint32_t no = ~mask[i / 32];
+    if (!no) continue;
+    if (const __mmask16 low = __mmask16(no) & lanes_of(n - i)) _mm512_mask_storeu_ps(x + i, low, minus_infinity);
+    if (n - i <= 16) break;
+    if (const __mmask16 high = __mmask16(no >> 16) & lanes_of(n - i - 16)) _mm512_mask_storeu_ps(x + i + 16, high, minus_infinity);
+  }
+}
+
 }  // namespace
 }  // namespace avx512
 
 const SamplePasses* sample_avx512() {
-  static const SamplePasses passes = {"avx512", ops_avx512(), avx512::mass, avx512::masses, avx512::keep, avx512::next_above};
+  static const SamplePasses passes = {"avx512", ops_avx512(), avx512::mass, avx512::masses, avx512::keep, avx512::next_above, avx512::forbid};
   return &passes;
 }
 }  // namespace pm
