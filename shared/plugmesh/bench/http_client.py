@@ -39,11 +39,17 @@ class Dialect:
     uncached: Mapping[str, Any] = field(default_factory=dict)
 
     def body(self, model: str, call: Call, *, use_cache: bool) -> bytes:
-        """A streamed greedy completion of exactly `call.max_tokens` tokens."""
+        """A streamed greedy completion of exactly `call.max_tokens` tokens. A constrained one ends as its schema says, which servers do not let be ignored."""
+        exact = {k: v for k, v in self.exact.items() if k != "ignore_eos"} | {"response_format": response_format(call.schema)} if call.schema is not None else self.exact
         return json.dumps({
             "model": model, "prompt": call.prompt, "max_tokens": call.max_tokens, "temperature": 0, "stream": True,
-            "stream_options": {"include_usage": True}, **self.exact, **({} if use_cache else self.uncached),
+            "stream_options": {"include_usage": True}, **exact, **({} if use_cache else self.uncached),
         }).encode()  # fmt: skip
+
+
+def response_format(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """As OpenAI's clients send a schema."""
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": dict(schema), "strict": True}}
 
 
 DIALECTS = {

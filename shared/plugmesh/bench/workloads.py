@@ -7,8 +7,9 @@ them afterwards. The same seed gives the same prompts everywhere, another seed g
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from plugmesh.errors import FailedPrecondition, InvalidRequest
 
@@ -17,11 +18,15 @@ TOKEN_IDS = range(1000, 40_000)  # ordinary words of most vocabularies; below th
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One request: a prompt and how many tokens to generate, exactly. Its caller waits `pause_s` before it sends it."""
+    """One request: a prompt and how many tokens to generate, exactly. Its caller waits `pause_s` before it sends it.
+
+    With a `schema` the answer is to obey it; the schema must not let it end before `max_tokens`.
+    """
 
     prompt: tuple[int, ...]
     max_tokens: int
     pause_s: float = 0.0
+    schema: Mapping[str, Any] | None = None
 
 
 Conversation = tuple[Call, ...]
@@ -63,7 +68,7 @@ def random_prompts(shape: Shape, seed: int) -> list[Conversation]:
 def with_pauses(conversations: list[Conversation], longest_s: float, seed: int) -> list[Conversation]:
     """The same calls, each after a pause between 0 and `longest_s`, so that they come at any moment of a step and not at its end."""
     rng = random.Random(f"pauses {seed}")
-    return [tuple(Call(c.prompt, c.max_tokens, rng.uniform(0, longest_s)) for c in conversation) for conversation in conversations]
+    return [tuple(Call(c.prompt, c.max_tokens, rng.uniform(0, longest_s), c.schema) for c in conversation) for conversation in conversations]
 
 
 def prefix_tree(shape: Shape, seed: int) -> list[Conversation]:
@@ -116,11 +121,32 @@ def long_context(shape: Shape, seed: int) -> list[Conversation]:
     return [(Call(base + _ids(rng, shape, num_own), shape.num_out),) for _ in range(shape.num_conversations)]
 
 
+RECORD_SCHEMA: Mapping[str, Any] = {
+    "type": "object", "additionalProperties": False, "required": ["name", "age", "job", "active"],
+    "properties": {
+        "name": {"type": "string", "maxLength": 40}, "age": {"type": "integer", "minimum": 0, "maximum": 120},
+        "job": {"enum": ["nurse", "teacher", "pilot", "cook", "other"]}, "active": {"type": "boolean"},
+    },
+}  # fmt: skip
+
+
+def endless(item: Mapping[str, Any], max_tokens: int) -> dict[str, Any]:
+    """The schema of an array that cannot end within so many tokens: an item takes more than two, with its comma, so answers have exactly the length asked for."""
+    return {"type": "array", "items": dict(item), "minItems": max(64, max_tokens // 2)}
+
+
+def json_schema(shape: Shape, seed: int) -> list[Conversation]:
+    """Fresh random prompts whose answers are constrained: an array of records that goes on until the tokens are used up."""
+    schema = endless(RECORD_SCHEMA, round(shape.num_out * (1 + shape.spread)))
+    return [
+        tuple(Call(c.prompt, c.max_tokens, c.pause_s, schema) for c in conversation) for conversation in random_prompts(shape, seed)
+    ]
+
+
 WORKLOADS: dict[str, Callable[[Shape, int], list[Conversation]]] = {
-    "random": random_prompts, "prefix-tree": prefix_tree, "multi-turn": multi_turn, "long-context": long_context,
+    "random": random_prompts, "prefix-tree": prefix_tree, "multi-turn": multi_turn, "long-context": long_context, "json-schema": json_schema,
 }  # fmt: skip
 NOT_YET = {
-    "json-schema": "it needs the grammar service, which is not part of the mesh yet",
     "rollout-groups": "it needs the rollout service, which is not part of the mesh yet",
 }
 

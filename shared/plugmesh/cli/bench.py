@@ -84,7 +84,7 @@ def peers(
 def serve(
     url: Annotated[str, typer.Option("--url", help="An OpenAI endpoint, with or without /v1.")],
     model: Annotated[str, typer.Option("--model", "-m", help="Name to ask for; empty asks the server.")] = "",
-    workload: Annotated[str, typer.Option(help="random, prefix-tree, multi-turn or long-context.")] = "random",
+    workload: Annotated[str, typer.Option(help="random, prefix-tree, multi-turn, long-context or json-schema.")] = "random",
     streams: Annotated[int, typer.Option("--streams", "-n", min=1, help="Closed loop: callers at once.")] = 16,
     rate: Annotated[float, typer.Option(min=0, help="Open loop: conversations per second; 0 is a closed loop.")] = 0.0,
     cv: Annotated[float, typer.Option(min=0.01, help="Open loop: coefficient of variation of the gaps; 1 is Poisson, more is burstier.")] = 1.0,

@@ -7,9 +7,10 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from plugmesh.bench.http_client import response_format
 from plugmesh.bench.rounds import Progress
 from plugmesh.bench.structured.extraction import Task, leaves, num_right
-from plugmesh.bench.structured.meshes import Answer, StructuredMesh, response_format
+from plugmesh.bench.structured.meshes import Answer, StructuredMesh
 from plugmesh.bench.structured.scoring import Extracted, Judge, extraction_shares, only_object
 from plugmesh.bench.systems import Setting
 

@@ -7,10 +7,11 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from plugmesh.bench.http_client import response_format
 from plugmesh.bench.metrics import percentile
 from plugmesh.bench.rounds import Progress
 from plugmesh.bench.structured import scoring
-from plugmesh.bench.structured.meshes import Answer, Compiled, StructuredMesh, response_format
+from plugmesh.bench.structured.meshes import Answer, Compiled, StructuredMesh
 from plugmesh.bench.structured.scoring import CaseResult, Judge, Judgement
 from plugmesh.bench.structured.suite import Case
 from plugmesh.bench.systems import Setting

@@ -171,11 +171,6 @@ def _message(raw: bytes) -> str:
     return raw[:200].decode("utf-8", "replace")
 
 
-def response_format(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """As OpenAI's clients send it."""
-    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": dict(schema), "strict": True}}
-
-
 def repository() -> pathlib.Path | None:
     """The checkout that this package is imported from; None for an installed one."""
     root = pathlib.Path(__file__).resolve().parents[4]

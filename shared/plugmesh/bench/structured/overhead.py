@@ -8,15 +8,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from plugmesh.bench.http_client import Client, Dialect
+from plugmesh.bench.http_client import DIALECTS, Client
 from plugmesh.bench.load import closed_loop
 from plugmesh.bench.metrics import Run, Spread, percentile, summary
 from plugmesh.bench.rounds import Progress
 from plugmesh.bench.structured.engines import StructuredEngine, lower
-from plugmesh.bench.structured.meshes import StructuredMesh, response_format
+from plugmesh.bench.structured.meshes import StructuredMesh
 from plugmesh.bench.structured.suite import Case
 from plugmesh.bench.systems import Setting
-from plugmesh.bench.workloads import Call
+from plugmesh.bench.workloads import RECORD_SCHEMA, Call, endless
 from plugmesh.errors import FailedPrecondition, PlugmeshError
 from plugmesh.grammar.spec import GrammarSpec
 
@@ -24,17 +24,10 @@ FREE = "free"
 MAX_INCREASE = 3.0  # percent, at the median
 _WORDS = ("Vienna", "Paris", "a hospital", "a school", "a bakery", "a ship", "the mountains", "an orchestra", "a museum", "a football club", "an airport", "a farm")
 
-# Both are longer than any run (an array cannot end before its 64th item), so a run ends by its number of tokens, as the free one does.
-_RECORD = {
-    "type": "object", "additionalProperties": False, "required": ["name", "age", "job", "active"],
-    "properties": {
-        "name": {"type": "string", "maxLength": 40}, "age": {"type": "integer", "minimum": 0, "maximum": 120},
-        "job": {"enum": ["nurse", "teacher", "pilot", "cook", "other"]}, "active": {"type": "boolean"},
-    },
-}  # fmt: skip
+# Neither can end within a run, so that it ends by its number of tokens, as the free one does.
 SCHEMAS: dict[str, dict[str, Any]] = {
-    "records": {"type": "array", "items": _RECORD, "minItems": 64},
-    "strings": {"type": "array", "items": {"type": "string"}, "minItems": 64},
+    "records": endless(RECORD_SCHEMA, 128),
+    "strings": endless({"type": "string"}, 128),
 }
 
 
@@ -152,14 +145,14 @@ async def _mesh_rounds(
     tokenizer = tokenizer_of(model.model)
     if tokenizer is None:
         raise FailedPrecondition("prompts of exact lengths need the packages gguf and tokenizers")
-    dialects = {FREE: Dialect("plugmesh", {"ignore_eos": True}), engine: Dialect("structured", {"response_format": response_format(SCHEMAS["records"])})}
     for number in range(-1, num_rounds):
         for batch, max_tokens in batches.items():
-            calls = [(Call(tuple(tokenizer.encode(p).ids), max_tokens),) for p in prompts_of(seed * 1000 + number, batch)]
+            prompts = [tuple(tokenizer.encode(p).ids) for p in prompts_of(seed * 1000 + number, batch)]
             turn = [FREE, engine] if number % 2 == 0 else [engine, FREE]
             for side in turn:
                 progress.say(f"mesh with {engine}, {'warming up' if number < 0 else f'round {number + 1}'}: batch {batch}, {side}")
-                client = Client(mesh.url, mesh.model, dialects[side])
+                calls = [(Call(prompt, max_tokens, schema=None if side == FREE else SCHEMAS["records"]),) for prompt in prompts]
+                client = Client(mesh.url, mesh.model, DIALECTS["plugmesh"])
                 try:
                     run: Run = await closed_loop(client, calls, batch, use_cache=False)
                 finally:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import json
 import statistics
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from plugmesh.bench.http_client import DIALECTS
 from plugmesh.bench.workloads import (
     NOT_YET,
     WORKLOADS,
@@ -19,6 +21,7 @@ from plugmesh.bench.workloads import (
     multi_turn,
     prefix_tree,
     random_prompts,
+    with_pauses,
 )
 from plugmesh.errors import FailedPrecondition, InvalidRequest
 
@@ -83,6 +86,17 @@ def test_lengths_vary_within_the_spread():
     lengths = [len(c[0].prompt) for c in random_prompts(Shape(num_conversations=200, num_in=100, spread=0.2), 0)]
 
     assert min(lengths) >= 80 and max(lengths) <= 120 and len(set(lengths)) > 20
+
+
+def test_answers_of_a_schema_cannot_end_before_their_tokens_are_used_up_and_ends_are_not_ignored():
+    ((call,),) = make("json-schema", Shape(num_conversations=1, num_out=1000), 0)
+    body = json.loads(DIALECTS["plugmesh"].body("m", call, use_cache=True))
+
+    assert call.schema["minItems"] * 2 >= 1000 == body["max_tokens"]
+    assert call.schema == body["response_format"]["json_schema"]["schema"] and "ignore_eos" not in body
+    assert with_pauses([(call,)], 1.0, 0)[0][0].schema is call.schema
+    ((free,),) = make("random", Shape(num_conversations=1), 0)
+    assert json.loads(DIALECTS["plugmesh"].body("m", free, use_cache=True)).keys() >= {"ignore_eos"}
 
 
 @pytest.mark.parametrize("cv", [0.5, 1.0, 2.0])

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
+from plugmesh.bench.http_client import response_format
 from plugmesh.bench.structured import extracting, generation
 from plugmesh.bench.structured.extraction import make_tasks
-from plugmesh.bench.structured.meshes import Answer, Compiled, response_format
+from plugmesh.bench.structured.meshes import Answer, Compiled
 from plugmesh.bench.structured.scoring import Judge
 from plugmesh.bench.structured.suite import Case
 from plugmesh.errors import Unavailable, UnsupportedGrammar
