@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from typing import Any
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -29,7 +30,7 @@ AUTHORIZATION = HERE / "nats" / "authorization.conf"
 MESH_NAME = "compose"  # [mesh] name in mesh.toml; subjects carry it
 UPSTREAM_BASE = "debian:bookworm-slim"
 IMPORTED_BASE = "plugmesh-base:bookworm"
-EXTRAS = ("gateway", "tokenizer", "weightstore", "kvstore", "engine", "postgres")
+EXTRAS = ("gateway", "tokenizer", "grammar", "weightstore", "kvstore", "engine", "postgres")
 PLATFORMS = ("manylinux_2_28", "manylinux_2_27", "manylinux_2_26", "manylinux_2_24", "manylinux_2_17", "manylinux2014")
 
 
@@ -175,17 +176,23 @@ def fill_wheelhouse() -> None:
     command: list[str | pathlib.Path] = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--dest", WHEELHOUSE]
     command += ["--only-binary=:all:", "--implementation=cp", "--python-version=3.11", "--abi=cp311", "--abi=abi3", "--abi=none"]
     command += [f"--platform={name}_{machine}" for name in PLATFORMS]
-    run([*command, *wanted], stdout=sys.stderr)
+    run([*command, *(line for line in wanted if not _requirements_module().is_alone(line))], stdout=sys.stderr)
+    run([*command, "--no-deps", *filter(_requirements_module().is_alone, wanted)], stdout=sys.stderr)
     BUILD.mkdir(exist_ok=True)
     stamp.write_text(digest)
 
 
 def _requirements(*extras: str) -> list[str]:
+    return list(_requirements_module().requirements(ROOT / "pyproject.toml", list(extras)))
+
+
+@functools.cache
+def _requirements_module() -> Any:
     spec = importlib.util.spec_from_file_location("plugmesh_compose_requirements", HERE / "images" / "requirements.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return list(module.requirements(ROOT / "pyproject.toml", list(extras)))
+    return module
 
 
 # --- tools and the model ---------------------------------------------------------------------------------------------

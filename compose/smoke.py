@@ -20,7 +20,7 @@ import measure
 import prepare
 from prepare import HERE, StackError, say
 
-PLUGMESH_SERVICES = ("gateway", "tokenizer", "weightstore", "prefill", "decode", "kvstore")
+PLUGMESH_SERVICES = ("gateway", "tokenizer", "grammar", "weightstore", "prefill", "decode", "kvstore")
 ALL_SERVICES = (*PLUGMESH_SERVICES, "nats", "postgres", "prometheus")
 WITH_TORCH = ("prefill", "decode")
 PROMPT = "What is the capital of France?"

@@ -1,4 +1,5 @@
-"""Prints the requirements of dependency sets, from pyproject.toml: `requirements.py [EXTRA ...]` in the project's root.
+"""Prints the requirements of dependency sets, from pyproject.toml: `requirements.py [--alone] [EXTRA ...]` in the project's root; with
+`--alone` those that are installed without their own requirements.
 
 The core dependencies are always among them. `build` is the build back-end's own set. The images install exactly this,
 so an extra that grows a dependency grows the image, and no second list can drift.
@@ -34,5 +35,16 @@ def requirements(pyproject: pathlib.Path, extras: list[str]) -> list[str]:
     return sorted(found)
 
 
+# Their own requirements are not installed: xgrammar asks for torch, transformers and triton, and plugmesh loads its C++ library alone.
+# What that needs is in the extra by name.
+ALONE = ("xgrammar",)
+
+
+def is_alone(requirement: str) -> bool:
+    return re.split(r"[^A-Za-z0-9._-]", requirement, maxsplit=1)[0] in ALONE
+
+
 if __name__ == "__main__":
-    print("\n".join(requirements(pathlib.Path("pyproject.toml"), sys.argv[1:])))
+    alone = "--alone" in sys.argv
+    extras = [argument for argument in sys.argv[1:] if argument != "--alone"]
+    print("\n".join(line for line in requirements(pathlib.Path("pyproject.toml"), extras) if is_alone(line) == alone))
