@@ -32,4 +32,7 @@ class Settings(ServiceSettings):
     max_held_sequences: int = pydantic.Field(64, ge=0, le=4096)  # finished ones whose KV stays to fork from, while nobody needs the memory
     hold_ttl_s: float = pydantic.Field(60.0, gt=0, le=3600)   # since their end or last use
     max_tap_bytes: int = pydantic.Field(64 << 20, ge=1 << 16)  # hidden states that one call may ask for
+    jump_forward: bool = True                                 # append text that a grammar forces without a forward pass for each token
+    grammar_timeout_s: float = pydantic.Field(1.0, gt=0, le=60)  # a matcher that takes longer for one step costs its request
+    max_grammar_bytes: int = pydantic.Field(64 << 20, ge=1 << 20)  # compiled grammars that are kept in memory
     max_session_rows: int = pydantic.Field(65536, ge=16)      # rows a slow consumer may leave unread

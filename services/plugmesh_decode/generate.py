@@ -39,10 +39,12 @@ from plugmesh.wire import (
     usage_to_pb,
 )
 from plugmesh_decode.config import Settings
+from plugmesh_decode.constraints import Constraints
 from plugmesh_decode.holds import Held
 from plugmesh_decode.prefill_remotely import RemotePrefill
 from plugmesh_decode.session import Session
 from plugmesh_engine import Engine, EngineRequest, KvSource, StepOutput, TokenEvent
+from plugmesh_engine.constrained import Constraint
 from plugmesh_engine.driver import EngineDriver, ExportedBlock
 from plugmesh_engine.requests import HiddenRows
 from plugmesh_proto.v1 import decode_pb2 as pb
@@ -80,6 +82,7 @@ class Generation:
     finished: set[int] = field(default_factory=set)
     pins: list[tuple[KvClient, list[BlockRef]]] = field(default_factory=list)
     task: asyncio.Task[None] | None = None
+    grammar: asyncio.Task[Constraint] | None = None
     deadline: asyncio.TimerHandle | None = None
     in_engine: bool = False
     span: Span = field(default_factory=lambda: Span(""))
@@ -96,7 +99,7 @@ class Generator:
 
     def __init__(
         self, mesh: Mesh, engine: Engine, settings: Settings, plugins: PluginHost, stores: KvStores | None,
-        policy: PrefillPolicyRecord, counters: Any, *, names: set[str],
+        policy: PrefillPolicyRecord, counters: Any, constraints: Constraints, *, names: set[str],
     ) -> None:
         self.mesh, self.settings, self.plugins, self.stores, self.policy = mesh, settings, plugins, stores, policy
         self.layout = engine.layout
@@ -104,6 +107,7 @@ class Generator:
         self.remote = RemotePrefill(mesh, settings.remote_prefill_timeout_s)
         self.is_draining = False
         self.held = Held(settings.hold_ttl_s, self.driver.cancel)
+        self._constraints = constraints
         self._model = engine.model.config
         self._max_len = engine.max_model_len
         self._is_filtered = engine.is_filtered
@@ -168,6 +172,8 @@ class Generator:
     # 2. Where the prompt is computed
 
     async def _start(self, g: Generation) -> None:
+        if g.request.HasField("grammar"):  # while the prompt is computed elsewhere, or its KV fetched
+            g.grammar = asyncio.create_task(self._constraints.get(g.request.grammar))
         try:
             if g.request.HasField("fork"):
                 await self._submit(g, ())
@@ -182,6 +188,10 @@ class Generator:
         except Exception as e:
             log.exception("decode.start_failed", request_id=g.request.request_id)
             self._fail(g, InternalError(f"the request could not be started: {type(e).__name__}"))
+        finally:
+            if g.grammar is not None:
+                g.grammar.add_done_callback(lambda done: done.cancelled() or done.exception())
+                g.grammar.cancel()  # nobody waits for it any more, if it is still to come
 
     async def _wants_remote(self, g: Generation) -> bool:
         mode = g.request.prefill_mode
@@ -227,7 +237,7 @@ class Generator:
         g.prefill = "remote"
         g.num_cached_tokens = event.num_cached_tokens
         tokens = [token_from_pb(t) for t in event.first_tokens]
-        if len(tokens) == g.sampling.num_sequences:
+        if len(tokens) == g.sampling.num_sequences and g.grammar is None:  # they were sampled without the grammar
             self._emit_first(g, tokens)
             if g.request.request_id not in self._live:
                 return
@@ -253,11 +263,13 @@ class Generator:
         ]
 
     async def _submit(self, g: Generation, sources: Sequence[KvSource]) -> None:
+        grammar = await g.grammar if g.grammar is not None else None
         g.in_engine = True
         request = EngineRequest(
             request_id=g.request.request_id, token_ids=tuple(g.request.token_ids), sampling=g.sampling, priority=g.request.priority,
             kv=tuple(sources), resume=g.resume, resume_finished=g.resume_finished, use_prefix_cache=not g.request.no_prefix_cache,
             hold=g.request.hold, score=g.extra.score, taps=g.extra.taps, tap_from=g.extra.tap_from, max_total_tokens=g.request.max_total_tokens,
+            grammar=grammar,
         )
         if g.request.HasField("fork"):
             point = g.request.fork

@@ -19,6 +19,7 @@ from plugmesh.metrics import Metrics
 from plugmesh.records import PrefillPolicyRecord
 from plugmesh.wire import layout_to_pb
 from plugmesh_decode.config import Settings
+from plugmesh_decode.constraints import Constraints
 from plugmesh_decode.events import MAX_IDS, KvEvents
 from plugmesh_decode.generate import Generator
 from plugmesh_decode.primitives import score, tap
@@ -75,6 +76,10 @@ class Counters:
     scored: prometheus_client.Gauge
     filtered: prometheus_client.Gauge
     filter_errors: prometheus_client.Gauge
+    masks: prometheus_client.Gauge
+    masks_late: prometheus_client.Gauge
+    jumped: prometheus_client.Gauge
+    grammar_errors: prometheus_client.Gauge
 
     @classmethod
     def make(cls, metrics: Metrics) -> Counters:
@@ -95,6 +100,10 @@ class Counters:
             scored=metrics.gauge("engine_scored_tokens", "Given tokens since the start whose log-probabilities were told"),
             filtered=metrics.gauge("engine_filtered_prompts", "Prompts since the start of which a filter chose the tokens that were read"),
             filter_errors=metrics.gauge("engine_filter_errors", "Prompts since the start that were read whole because the filter failed"),
+            masks=metrics.gauge("engine_grammar_rows", "Rows of sequences with a grammar since the start, by whether it forbade any token", ("mask",)),
+            masks_late=metrics.gauge("engine_masks_late", "Steps since the start that waited for a grammar's masks after their forward pass"),
+            jumped=metrics.gauge("engine_jumped_tokens", "Tokens since the start that grammars forced, without a forward pass of their own"),
+            grammar_errors=metrics.gauge("engine_grammar_errors", "Requests since the start that ended because their grammar's matcher failed"),
         )
 
     def show(self, stats: EngineStats) -> None:
@@ -114,6 +123,11 @@ class Counters:
         self.scored.set(stats.num_scored_tokens)
         self.filtered.set(stats.num_filtered_prompts)
         self.filter_errors.set(stats.num_filter_errors)
+        self.masks.labels("filled").set(stats.num_masks_filled)
+        self.masks.labels("skipped").set(stats.num_masks_skipped)
+        self.masks_late.set(stats.num_masks_late)
+        self.jumped.set(stats.num_jumped_tokens)
+        self.grammar_errors.set(stats.num_grammar_errors)
 
 
 class DecodeService(rpc.DecodeServicer):
@@ -141,11 +155,15 @@ class DecodeService(rpc.DecodeServicer):
             self._stores = KvStores(
                 context.mesh, self._engine.layout, holder=context.mesh.self_info.instance_id, incarnation=context.mesh.self_info.incarnation
             )
+        self._constraints = Constraints(
+            context.mesh, context.plugins.records("grammar_engines"), manifest.model, max_bytes=settings.max_grammar_bytes
+        )
         self.generator = Generator(
             context.mesh, self._engine, settings, context.plugins, self._stores, context.plugins.last("prefill_policies"), self._counters,
-            names={"", manifest.model, manifest.version, context.config.mesh.model},
+            self._constraints, names={"", manifest.model, manifest.version, context.config.mesh.model},
         )
         self.generator.driver.start()
+        self._constraints.warm()
         self.kv_events = KvEvents(context.mesh, self.generator.driver)
         self._load_task = asyncio.create_task(self._publish_load())
 
@@ -157,6 +175,7 @@ class DecodeService(rpc.DecodeServicer):
             max_num_sequences=settings.max_num_sequences, max_tokens_per_step=settings.max_tokens_per_step, max_model_len=settings.max_model_len,
             max_waiting=settings.max_waiting, prefix_cache=settings.prefix_cache, num_threads=settings.num_threads,
             max_draft_tokens=settings.max_draft_tokens, max_held=settings.max_held_sequences,
+            jump_forward=settings.jump_forward, grammar_timeout_s=settings.grammar_timeout_s,
         )
 
     def bindings(self) -> Sequence[Binding]:
@@ -175,6 +194,7 @@ class DecodeService(rpc.DecodeServicer):
             self._load_task.cancel()
         generator = getattr(self, "generator", None)
         if generator is not None:
+            await self._constraints.close()
             await self.kv_events.close()
             generator.held.close()
             generator.remote.close()
