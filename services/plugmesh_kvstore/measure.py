@@ -5,7 +5,8 @@ from __future__ import annotations
 import prometheus_client
 
 from plugmesh.metrics import Metrics
-from plugmesh_kvstore.store import Audit, BlockStore
+from plugmesh_kvstore.audit import Audit
+from plugmesh_kvstore.store import BlockStore
 
 
 class Gauges:
@@ -26,6 +27,7 @@ class Gauges:
             "corrupt": m.counter("kv_corrupt", "Blocks dropped because of their checksum"),
             "evicted": m.counter("kv_evictions", "Blocks that left the store for want of room"),
             "evicted_to_disk": m.counter("kv_demotions", "Blocks that left the arena and stayed on disk"),
+            "orders_dropped": m.counter("kv_eviction_orders_dropped", "Eviction orders of plugins that failed; recency decides since then"),
             "fenced": m.counter("kv_leases_fenced", "Leases that expired or were replaced"),
         }
         self._seen = dict.fromkeys(self._counters, 0)

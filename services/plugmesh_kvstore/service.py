@@ -19,13 +19,14 @@ from plugmesh.mesh.hostid import host_id
 from plugmesh.types import InstanceInfo
 from plugmesh_kvstore.arena import ArenaFolder, default_base
 from plugmesh_kvstore.blocks import Block
+from plugmesh_kvstore.checks import check_id
 from plugmesh_kvstore.config import Settings
 from plugmesh_kvstore.disk import DiskFiles, DiskSpace
 from plugmesh_kvstore.events import Change
 from plugmesh_kvstore.measure import Gauges
 from plugmesh_kvstore.mover import Mover
 from plugmesh_kvstore.pull import pull_blocks
-from plugmesh_kvstore.store import BlockStore, check_id
+from plugmesh_kvstore.store import BlockStore
 from plugmesh_proto.v1 import kvstore_pb2 as pb
 from plugmesh_proto.v1 import kvstore_pb2_grpc
 
@@ -250,9 +251,12 @@ class KvStoreService:
             found = await loop.run_in_executor(self._executor, files.recover)
             space = DiskSpace(s.disk_bytes, s.segment_bytes)
             space.adopt(found.segments, [row.place for row in found.rows])
+        plugins = self._context.plugins
+        eviction = plugins.last("evictions") if plugins is not None else None
         store = BlockStore(
             self._folder.path, s.arena_bytes, disk=space, lease_ttl_s=s.lease_ttl_s, max_leases=s.max_leases,
             max_layouts=s.max_layouts, verify_on_commit=s.verify_on_commit, event_buffer=s.event_buffer,
+            eviction=eviction,
         )
         if files is not None:
             for key, layout in found.layouts.items():
@@ -271,7 +275,10 @@ class KvStoreService:
             asyncio.create_task(_forever(functools.partial(self._sweep, gauges), s.sweep_s), name="kvstore.sweep"),
             asyncio.create_task(_forever(self._publish, 0.0), name="kvstore.publish"),
         ]
-        log.info("kvstore.started", arena_bytes=s.arena_bytes, disk_bytes=s.disk_bytes, num_blocks=store.num_blocks)
+        log.info(
+            "kvstore.started", arena_bytes=s.arena_bytes, disk_bytes=s.disk_bytes, num_blocks=store.num_blocks,
+            eviction=eviction.name if eviction is not None else "lru",
+        )
 
     def bindings(self) -> Sequence[Binding]:
         return [

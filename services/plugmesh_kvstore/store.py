@@ -8,58 +8,31 @@ reservation, load or quarantine; `audit` counts what does not.
 
 from __future__ import annotations
 
-import collections
 import pathlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import structlog
 
 from plugmesh.errors import FailedPrecondition, InvalidRequest, Overloaded
 from plugmesh.kv.guard import GuardProbe, guard_path
-from plugmesh.kv.pieces import BLOCK_ID_BYTES, checksum
+from plugmesh.kv.pieces import checksum
+from plugmesh.records import EvictionContext, EvictionRecord
 from plugmesh.types import KvLayout
 from plugmesh_kvstore.arena import PAGE, Arena
+from plugmesh_kvstore.audit import Audit, Counters, count_owners
 from plugmesh_kvstore.blocks import Block, Partition, Place, Quarantine
+from plugmesh_kvstore.checks import check_id, check_layout, check_sizes
 from plugmesh_kvstore.disk import DiskSpace
 from plugmesh_kvstore.events import EventLog
+from plugmesh_kvstore.idle import IdleBlocks
 from plugmesh_kvstore.leases import Lease, Leases
 
 log = structlog.get_logger()
 
-MAX_BLOCK_BYTES = 1 << 30
 NO_ROOM = -2
 KNOWN = -1
-
-
-@dataclass(slots=True)
-class Counters:
-    """Since start. Hits and misses count blocks asked for by `match`."""
-
-    hits: int = 0
-    misses: int = 0
-    corrupt: int = 0
-    evicted_to_disk: int = 0   # left the arena, stayed on disk
-    evicted: int = 0           # left the store
-    fenced: int = 0            # leases that ended otherwise than by detaching
-
-
-@dataclass(frozen=True, slots=True)
-class Audit:
-    """Arena bytes by owner. `used = committed + reserved + quarantined`; the leaks must be 0."""
-
-    capacity: int
-    committed: int
-    pinned: int        # part of committed
-    reserved: int      # uncommitted reservations and running loads
-    quarantined: int   # slots that a fenced, living holder may still write
-    num_leaked: int    # slots with no owner
-    num_doubled: int   # slots with two owners
-
-    @property
-    def used(self) -> int:
-        return self.committed + self.reserved + self.quarantined
+CLEAN_AMONG = 65  # coldest blocks of the arena; the background writer starts at the cold end, so further on there is nothing clean
 
 
 class BlockStore:
@@ -68,6 +41,7 @@ class BlockStore:
     Args:
         folder: Where arena files and guards go; private to this store.
         disk: Space accounting of the disk tier; None switches it off.
+        eviction: A plugin's order of leaving, for both tiers; None is least recently used first.
     """
 
     def __init__(
@@ -81,6 +55,7 @@ class BlockStore:
         max_layouts: int = 4,
         verify_on_commit: bool = True,
         event_buffer: int = 4096,
+        eviction: EvictionRecord | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.folder = folder
@@ -95,9 +70,13 @@ class BlockStore:
         self.partitions: dict[bytes, Partition] = {}
         self.quarantines: list[Quarantine] = []
         self._used = 0  # bytes of slots handed out, all partitions
-        # Least recently used first; only blocks that may go: in the arena (on disk) and not busy.
-        self._arena_lru: collections.OrderedDict[Block, None] = collections.OrderedDict()
-        self._disk_lru: collections.OrderedDict[Block, None] = collections.OrderedDict()
+        # Only blocks that may go: in the arena (on disk) and not busy.
+        disk_bytes = disk.capacity_bytes if disk is not None else 0
+        self._arena_idle = IdleBlocks(EvictionContext("arena", arena_bytes), eviction, on_dropped=self._order_dropped)
+        self._disk_idle = IdleBlocks(EvictionContext("disk", disk_bytes), eviction if disk_bytes else None, on_dropped=self._order_dropped)
+
+    def _order_dropped(self) -> None:
+        self.counters.orders_dropped += 1
 
     # --- leases ---------------------------------------------------------------------------------------------------
 
@@ -393,7 +372,7 @@ class BlockStore:
         if self.disk is None or self._used <= above_bytes:
             return []
         chosen: list[Block] = []
-        for block in list(self._arena_lru):
+        for block in self._arena_idle.coldest_first():
             if len(chosen) >= max_blocks:
                 break
             if block.place is not None or block.tried_disk:
@@ -421,16 +400,16 @@ class BlockStore:
             place = self.disk.take(partition.key, partition.slot_bytes)
             if place is not None:
                 return place
-            if not self._disk_lru:
+            victim = self._disk_idle.victim()
+            if victim is None:
                 return None
-            victim, _ = self._disk_lru.popitem(last=False)
-            self._leave_disk(victim)
+            self._leave_disk(victim, evicted=True)
             if victim.slot is None:
                 self.counters.evicted += 1
                 self._forget(victim)
 
-    def _leave_disk(self, block: Block) -> None:
-        self._disk_lru.pop(block, None)
+    def _leave_disk(self, block: Block, *, evicted: bool = False) -> None:
+        self._disk_idle.left(block, evicted=evicted)
         if block.place is not None and self.disk is not None:
             self.disk.give(block.partition.key, block.block_id, block.place)
         block.place = None
@@ -453,16 +432,14 @@ class BlockStore:
 
     def _victim(self) -> Block | None:
         """The coldest block that is on disk too, else the coldest."""
-        for num, block in enumerate(self._arena_lru):
-            if block.place is not None:
-                return block
-            if num >= 64:  # the background writer starts at the cold end: further on there is nothing clean
-                break
-        return next(iter(self._arena_lru), None)
+        coldest = self._arena_idle.victim()
+        if coldest is None or coldest.place is not None or self.disk is None:
+            return coldest
+        return next((b for b in self._arena_idle.coldest(CLEAN_AMONG) if b.place is not None), coldest)
 
     def _leave_arena(self, block: Block) -> None:
         assert block.slot is not None and not block.busy
-        self._arena_lru.pop(block, None)
+        self._arena_idle.left(block, evicted=True)
         slot, block.slot = block.slot, None
         self._give_slot(block.partition, slot)
         if block.place is None:
@@ -489,7 +466,7 @@ class BlockStore:
 
     def _drop(self, block: Block) -> None:
         """Takes the block out of every tier, without an event."""
-        self._arena_lru.pop(block, None)
+        self._arena_idle.left(block, evicted=False)
         self._leave_disk(block)
         if block.slot is not None:
             slot, block.slot = block.slot, None
@@ -506,22 +483,15 @@ class BlockStore:
             if block.slot is not None or block.place is not None:
                 self._remove(block)
             return
-        if block.slot is not None and not block.busy:
-            if block not in self._arena_lru:
-                self._arena_lru[block] = None
-        else:
-            self._arena_lru.pop(block, None)
-        if block.place is not None and not block.busy:
-            if block not in self._disk_lru:
-                self._disk_lru[block] = None
-        else:
-            self._disk_lru.pop(block, None)
+        for here, idle in ((block.slot, self._arena_idle), (block.place, self._disk_idle)):
+            if here is not None and not block.busy:
+                idle.add(block)
+            else:
+                idle.discard(block)
 
     def _touch(self, block: Block) -> None:
-        if block in self._arena_lru:
-            self._arena_lru.move_to_end(block)
-        if block in self._disk_lru:
-            self._disk_lru.move_to_end(block)
+        self._arena_idle.touch(block)
+        self._disk_idle.touch(block)
 
     # --- layouts --------------------------------------------------------------------------------------------------
 
@@ -600,27 +570,7 @@ class BlockStore:
 
     def audit(self) -> Audit:
         """Counts every slot's owners. Linear in the slots in use; for sweeps and tests."""
-        committed = pinned = reserved = quarantined = leaked = doubled = 0
-        for partition in self.partitions.values():
-            arena = partition.arena
-            if arena is None:
-                continue
-            owners: collections.Counter[int] = collections.Counter(arena.free_slots())
-            for block in partition.blocks.values():
-                if block.slot is not None:
-                    owners[block.slot] += 1
-                    committed += partition.slot_bytes
-                    pinned += partition.slot_bytes * (block.pins > 0)
-            in_reserve = [s for x in self.leases if x.partition is partition for s in x.reserved.values()]
-            in_reserve += partition.loading
-            in_quarantine = [s for q in self.quarantines if q.partition is partition for s in q.slots]
-            owners.update(in_reserve)
-            owners.update(in_quarantine)
-            reserved += partition.slot_bytes * len(in_reserve)
-            quarantined += partition.slot_bytes * len(in_quarantine)
-            leaked += sum(slot not in owners for slot in range(arena.num_touched))
-            doubled += sum(count > 1 for count in owners.values())
-        return Audit(self.arena_bytes, committed, pinned, reserved, quarantined, leaked, doubled)
+        return count_owners(self.arena_bytes, self.partitions.values(), self.leases, self.quarantines)
 
     @property
     def used_bytes(self) -> int:
@@ -649,35 +599,3 @@ class BlockStore:
             if partition.arena is not None:
                 partition.arena.close()
                 partition.arena = None
-
-
-def check_id(block_id: bytes) -> None:
-    if len(block_id) != BLOCK_ID_BYTES:
-        raise InvalidRequest(f"a block id has {BLOCK_ID_BYTES} bytes, got {len(block_id)}", param="block_ids")
-
-
-def check_sizes(layout: KvLayout, parent_id: bytes, num_tokens: int, num_bytes: int) -> None:
-    if len(parent_id) not in (0, BLOCK_ID_BYTES):
-        raise InvalidRequest(f"a parent id has {BLOCK_ID_BYTES} bytes or none, got {len(parent_id)}", param="parent_id")
-    if not 0 < num_tokens <= layout.block_tokens:
-        raise InvalidRequest(f"a block has 1 to {layout.block_tokens} tokens, got {num_tokens}", param="num_tokens")
-    if not 0 < num_bytes <= layout.block_bytes:
-        raise InvalidRequest(f"a block has 1 to {layout.block_bytes} bytes, got {num_bytes}", param="num_bytes")
-
-
-_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-
-
-def check_layout(layout: KvLayout) -> None:
-    """Raises InvalidRequest when the sizes cannot be, or contradict each other."""
-    if not 0 < layout.block_bytes <= MAX_BLOCK_BYTES or not 0 < layout.block_tokens <= 4096:
-        raise InvalidRequest(
-            f"a block of {layout.block_bytes} bytes and {layout.block_tokens} tokens is out of range", param="layout"
-        )
-    if len(layout.model) > 256 or len(layout.codec) > 64 or len(layout.dtype) > 64:
-        raise InvalidRequest("a name in the layout is too long", param="layout")
-    if layout.codec == "raw" and layout.dtype in _ITEM_BYTES:
-        want = 2 * layout.num_layers * layout.num_kv_heads * layout.head_dim * layout.block_tokens
-        want *= _ITEM_BYTES[layout.dtype]
-        if want != layout.block_bytes:
-            raise InvalidRequest(f"the layout's axes make {want} bytes, not {layout.block_bytes}", param="block_bytes")

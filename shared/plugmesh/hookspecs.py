@@ -19,6 +19,9 @@
         | GrammarEngine.compile (grammar), .load (decode)  per new grammar
       job reaches prefill
         | KvHandOverRecord.plan            per job             <- register_kv_hand_overs
+      blocks come and go (kvstore)
+        | EvictionOrder.add, .touch        per block
+        | EvictionOrder.victim             per block that must leave <- register_evictions
       every step (prefill, decode)
         | Scheduler.schedule               per step            <- register_schedulers
         | DraftMethod.propose, .observe    per step, decode    <- register_drafts
@@ -52,6 +55,7 @@ if TYPE_CHECKING:
         AdmissionRecord,
         DraftRecord,
         GrammarEngineRecord,
+        EvictionRecord,
         KvCodecRecord,
         KvHandOverRecord,
         PrefillPolicyRecord,
@@ -182,6 +186,21 @@ def register_prompt_filters(context: PluginContext) -> list[PromptFilterRecord]:
     Raising: stops the start with the plugin's name; an error in `PromptFilter.layers` or `select` has that prompt read whole and is
         counted and logged with the record's name.
     Example: plugins/plugmesh_gemfilter/plugin.py
+    """
+
+
+@hookspec
+def register_evictions(context: PluginContext) -> list[EvictionRecord]:
+    """Rules for which block leaves the kvstore when room is needed.
+
+    Runs in: kvstore.
+    When: at process start.  How often: once.
+    Combines: lists are joined; the record registered last is used, least recently used first when there is none.
+    Arguments: context: the plugin's settings and facts of the process.
+    Returns: records, or an empty list.
+    Raising: stops the start with the plugin's name; an order that raises later, hangs or names what may not go is dropped, with a line in the
+        log and a count: the kvstore's own order by recency goes on, and no block is lost.
+    Example: plugins/plugmesh_aibrix_kv/plugin.py
     """
 
 

@@ -37,7 +37,9 @@ ANSWERS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {  # methods of recor
     "kv_hand_overs": ("plan", lambda answer: isinstance(answer, HandOver)),
     "prefill_policies": ("choose", lambda answer: isinstance(answer, str) and answer in ("local", "remote")),
 }
-BUILT_ONCE = ("schedulers", "drafts", "routers", "admission", "strategies", "kv_codecs", "prompt_filters")  # when building fails, the process cannot start
+ORDER_METHODS = ("add", "discard", "touch", "left", "victim", "coldest")
+NEEDED_METHODS: Mapping[str, tuple[str, ...]] = {**STEP_METHODS, "evictions": ORDER_METHODS}  # without them, what was built is of no use
+BUILT_ONCE = ("schedulers", "drafts", "routers", "admission", "strategies", "kv_codecs", "prompt_filters", "evictions")  # when building fails, the process cannot start
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +190,7 @@ class PluginHost:
             if built is None:
                 raise ConfigError(f"{what} gave nothing", plugin=plugin)
             methods = STEP_METHODS.get(kind, ())
-            lacking = [m for m in methods if not callable(getattr(built, m, None))]
+            lacking = [m for m in NEEDED_METHODS.get(kind, ()) if not callable(getattr(built, m, None))]
             if lacking:
                 raise ConfigError(f"{what} gave a {type(built).__name__} without a method {lacking[0]!r}", plugin=plugin)
             return _Watched(built, f"plugin {plugin}", methods) if methods else built

@@ -493,6 +493,72 @@ class StrategyRecord:
     build: Callable[[], Strategy]
 
 
+# -- eviction: kvstore -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class EvictionContext:
+    """What an eviction order may know when it is built.
+
+    Attributes:
+        tier: The kvstore keeps blocks in an arena and, beside or after that, on disk; each tier has an order of its own.
+        capacity_bytes: Most that all blocks of the tier take together.
+    """
+
+    tier: Literal["arena", "disk"]
+    capacity_bytes: int
+
+
+class EvictionOrder(Protocol):
+    """Which block leaves a tier when room is needed. Called from the kvstore's event loop, so every method takes microseconds and none blocks.
+
+    A key is 64 bytes, the KV layout's key and the block's name; the same content has the same key when it comes again. A block is *idle* from `add`
+    to `discard` or `left`, and *busy* from `discard` to the next `add` or `left`; only idle ones may be named. The kvstore keeps its own order by
+    recency beside this one. An order that raises, names a block that is not idle, or none while there are some, does not come back, or is late again
+    and again is not asked any more: recency decides from then on, with a line in the log and a count in the metrics. No block is lost by it.
+    """
+
+    def add(self, key: bytes, num_bytes: int) -> None:
+        """The block is idle from now on: because it is new in this tier, or because nobody holds it any more (then what is known of it still counts).
+
+        Args:
+            num_bytes: Room that it takes in the tier; the same for all blocks of a layout.
+        """
+
+    def discard(self, key: bytes) -> None:
+        """The block is busy: it must not be named until it is added again. It is still in the tier."""
+
+    def touch(self, key: bytes) -> None:
+        """Somebody asked for the block, idle or busy, and it was there."""
+
+    def left(self, key: bytes, evicted: bool) -> None:
+        """The block is not in the tier any more. With `evicted` it had to go for want of room, and usually is the last victim that was named;
+        without, it was damaged or removed by an operator."""
+
+    def victim(self) -> bytes | None:
+        """The idle block that should leave next; None only when there is none. Asked again before anything changed it gives the same one.
+
+        The block stays until `left` is called. Perhaps that is another one: in the arena the kvstore prefers one of the `coldest` that is on disk, too.
+        """
+
+    def coldest(self, n: int) -> Sequence[bytes]:
+        """About the next `n` victims, those that would go first in front, each once, fewer when fewer are idle; changes nothing.
+
+        A hint: the background writer copies these to disk first. Asked far less often than `victim`.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class EvictionRecord:
+    """Decides which block leaves the kvstore's arena, or its disk, when room is needed.
+
+    `build(context)` is called once per kvstore and tier. What is evicted is computed again when it is needed, so no order changes any output.
+    """
+
+    name: str
+    build: Callable[[EvictionContext], EvictionOrder]
+
+
 # -- weight formats: weightstore packs, prefill and decode load -----------------------------------------------------------------------------------------
 
 Foreign = Any

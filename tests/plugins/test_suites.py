@@ -14,6 +14,7 @@ import pytest
 
 from plugmesh.records import (
     DraftRecord,
+    EvictionRecord,
     HandOver,
     KvHandOverRecord,
     PrefillPolicyRecord,
@@ -23,6 +24,7 @@ from plugmesh.records import (
 )
 from plugmesh.testing.conformance import (
     DraftConformance,
+    EvictionConformance,
     KvHandOverConformance,
     PrefillPolicyConformance,
     RouterConformance,
@@ -206,6 +208,106 @@ def test_broken_policies_and_hand_overs_are_seen() -> None:
     broken(KvHandOverConformance, "test_any_prompt_and_layout_gets_a_plan", KvHandOverRecord("broken", lambda n, layout: True))
     dice = random.Random(0)
     broken(KvHandOverConformance, "test_the_same_prompt_travels_the_same_way", KvHandOverRecord("broken", lambda n, layout: HandOver(dice.random() < 0.5)))
+
+
+# -- eviction orders ----------------------------------------------------------------------------------------------------------
+
+
+class Recency:
+    """As the kvstore's own."""
+
+    def __init__(self, context: Any = None) -> None:
+        self.idle: dict[bytes, int] = {}
+
+    def add(self, key: bytes, num_bytes: int) -> None:
+        self.idle.setdefault(key, num_bytes)
+
+    def discard(self, key: bytes) -> None:
+        self.idle.pop(key, None)
+
+    def touch(self, key: bytes) -> None:
+        if key in self.idle:
+            self.idle[key] = self.idle.pop(key)
+
+    def left(self, key: bytes, evicted: bool) -> None:
+        self.idle.pop(key, None)
+
+    def victim(self) -> bytes | None:
+        return next(iter(self.idle), None)
+
+    def coldest(self, n: int) -> list[bytes]:
+        return list(self.idle)[:n]
+
+
+class Newest(Recency):
+    def victim(self):
+        return next(reversed(self.idle), None)
+
+
+class NamesBusy(Recency):
+    def discard(self, key):
+        pass
+
+
+class Loses(Recency):
+    def discard(self, key):
+        if key not in self.idle:
+            return
+        self.idle.pop(key)
+        self.seen = {*getattr(self, "seen", ()), key}
+
+    def add(self, key, num_bytes):
+        if key not in getattr(self, "seen", ()):
+            super().add(key, num_bytes)
+
+
+class Rolls(Recency):
+    dice = random.Random(0)
+
+    def victim(self):
+        return self.dice.choice(list(self.idle)) if self.idle else None
+
+
+class Pops(Recency):
+    def coldest(self, n):
+        return [k for k in list(self.idle)[:n] if self.touch(k) is None]
+
+
+class Remembers(Recency):
+    def left(self, key, evicted):
+        super().left(key, evicted)
+        self.gone = [*getattr(self, "gone", ()), key]
+
+
+class Late(Recency):
+    def victim(self):
+        time.sleep(0.0015)
+        return super().victim()
+
+
+@pytest.mark.parametrize(
+    ("order", "test", "arguments"),
+    [
+        (Newest, "test_most_of_what_is_asked_for_all_the_time_stays", {}),
+        (NamesBusy, "test_it_names_only_idle_blocks_and_every_block_leaves_in_the_end", {}),
+        (Loses, "test_it_names_only_idle_blocks_and_every_block_leaves_in_the_end", {}),
+        (Rolls, "test_it_names_only_idle_blocks_and_every_block_leaves_in_the_end", {}),
+        (Pops, "test_the_same_history_has_the_same_victims_whatever_else_it_is_asked", {}),
+        (Remembers, "test_blocks_that_left_are_forgotten", {}),
+        (Late, "test_it_does_not_hold_up_the_event_loop", {"num_busy": 0}),
+    ],
+)
+def test_a_broken_eviction_order_is_seen(order: type, test: str, arguments: dict[str, Any]) -> None:
+    broken(EvictionConformance, test, EvictionRecord("broken", order), **arguments)
+
+
+def test_recency_is_an_eviction_order_that_passes() -> None:
+    suite, record = EvictionConformance(), EvictionRecord("recency", Recency)
+    suite.test_it_names_only_idle_blocks_and_every_block_leaves_in_the_end(record)
+    suite.test_the_same_history_has_the_same_victims_whatever_else_it_is_asked(record)
+    suite.test_most_of_what_is_asked_for_all_the_time_stays(record)
+    suite.test_blocks_that_left_are_forgotten(record)
+    suite.test_it_does_not_hold_up_the_event_loop(record, 4999)
 
 
 # -- fidelity ----------------------------------------------------------------------------------------------------------------

@@ -125,7 +125,7 @@ class Kit:
         self.tmp_path, self.bus = tmp_path, Bus()
         self._stack = contextlib.AsyncExitStack()
 
-    async def store(self, name="kv-1", host="", **settings):
+    async def store(self, name="kv-1", host="", plugins=None, **settings):
         """A running store: .service, .address, .info; `await .stop()` is SIGTERM, `await .crash()` drops it hard."""
         defaults = {
             "arena_dir": self.tmp_path / "arena", "disk_dir": self.tmp_path / f"disk-{name}", "arena_bytes": 1 << 20,
@@ -133,7 +133,7 @@ class Kit:
         }
         mesh = FakeMesh(self.bus, "kvstore", name, host)
         config = SimpleNamespace(mesh=SimpleNamespace(runtime_dir=self.tmp_path, data_dir=self.tmp_path))
-        context = ServiceContext("kvstore", mesh, config, Settings(**defaults | settings), None, prometheus_client.CollectorRegistry())
+        context = ServiceContext("kvstore", mesh, config, Settings(**defaults | settings), plugins, prometheus_client.CollectorRegistry())
         service = create(context)
         await service.start()
         server = grpc.aio.server(interceptors=[TypedErrors()])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import pathlib
+import random
 import shutil
 import tempfile
 
@@ -24,6 +25,7 @@ from hypothesis.stateful import (
 from plugmesh.errors import StaleIncarnation
 from plugmesh.kv.guard import Guard, guard_path
 from plugmesh.kv.pieces import checksum
+from plugmesh.records import EvictionRecord
 from plugmesh.types import KvLayout
 from plugmesh_kvstore.disk import DiskFiles, DiskSpace
 from plugmesh_kvstore.mover import _row
@@ -60,6 +62,7 @@ class StoreMachine(RuleBasedStateMachine):
     holders = Bundle("holders")
     loads = Bundle("loads")
     spills = Bundle("spills")
+    eviction = None  # an EvictionRecord
 
     @initialize(target=holders, with_disk=st.sampled_from([True, True, True, False]))
     def start(self, with_disk):
@@ -71,7 +74,7 @@ class StoreMachine(RuleBasedStateMachine):
             self.files.recover()
         self.space = DiskSpace(DISK_SLOTS * SLOT, 2 * SLOT) if with_disk else None
         self.store = BlockStore(
-            self.dir / "arena", ARENA_SLOTS * SLOT, disk=self.space, lease_ttl_s=TTL, clock=lambda: self.now
+            self.dir / "arena", ARENA_SLOTS * SLOT, disk=self.space, lease_ttl_s=TTL, clock=lambda: self.now, eviction=self.eviction
         )
         self.all = []
         self.partitions = {layout.key(): self.store.partition_with_arena(layout) for layout in LAYOUTS}
@@ -351,3 +354,72 @@ TestStoreMachine.settings = settings(
 @pytest.mark.slow
 def test_the_model_holds_for_many_more_examples():
     run_state_machine_as_test(StoreMachine, settings=settings(TestStoreMachine.settings, max_examples=1500))
+
+
+class LastInFirstOut:
+    """As it should be, and unlike recency wherever it can."""
+
+    def __init__(self, context):
+        self.idle = {}
+
+    def add(self, key, num_bytes):
+        self.idle[key] = None
+
+    def discard(self, key):
+        self.idle.pop(key)  # raises where it is told of a block that it does not have
+
+    def touch(self, key):
+        pass
+
+    def left(self, key, evicted):
+        self.idle.pop(key, None)
+
+    def victim(self):
+        return next(reversed(self.idle), None)
+
+    def coldest(self, n):
+        return list(reversed(self.idle))[:n]
+
+
+class FailsSometime(LastInFirstOut):
+    """After some calls it names any block that it was ever told of, raises, or answers with something else."""
+
+    def __init__(self, context):
+        super().__init__(context)
+        self.dice, self.ever = random.Random(context.capacity_bytes), []
+
+    def add(self, key, num_bytes):
+        super().add(key, num_bytes)
+        self.ever.append(key)
+        if self.dice.random() < 0.01:
+            raise RuntimeError
+
+    def victim(self):
+        return self.dice.choice([super().victim()] * 20 + [*self.ever[-1:], None, 7, []])
+
+    def coldest(self, n):
+        return self.dice.choice([super().coldest(n)] * 20 + [self.ever[:n], [[]], 7])
+
+
+class StoreMachineInAnotherOrder(StoreMachine):
+    eviction = EvictionRecord("last", LastInFirstOut)
+
+    @invariant()
+    def the_order_is_still_asked(self):
+        assert not hasattr(self, "store") or self.store.counters.orders_dropped == 0
+
+
+class StoreMachineWithAnOrderThatFails(StoreMachine):
+    eviction = EvictionRecord("fails", FailsSometime)
+
+
+TestStoreMachineInAnotherOrder = pytest.mark.filterwarnings("ignore")(StoreMachineInAnotherOrder.TestCase)
+TestStoreMachineInAnotherOrder.settings = settings(TestStoreMachine.settings, max_examples=15)
+TestStoreMachineWithAnOrderThatFails = pytest.mark.filterwarnings("ignore")(StoreMachineWithAnOrderThatFails.TestCase)
+TestStoreMachineWithAnOrderThatFails.settings = settings(TestStoreMachine.settings, max_examples=15)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("machine", [StoreMachineInAnotherOrder, StoreMachineWithAnOrderThatFails])
+def test_the_model_holds_in_other_orders_for_many_more_examples(machine):
+    run_state_machine_as_test(machine, settings=settings(TestStoreMachine.settings, max_examples=400))
