@@ -10,6 +10,7 @@ import grpc
 from plugmesh.client.messages import (
     Completion,
     Event,
+    Grammar,
     Prompt,
     Score,
     ServedModel,
@@ -42,19 +43,23 @@ class AsyncClient:
 
     async def generate(
         self, prompt: Prompt | None = None, *, messages: Sequence[Mapping[str, Any]] | None = None, model: str = "",
-        stop: str | Sequence[str] = (), priority: int = 0, request_id: str = "", timeout_s: float | None = None, **sampling: Any,
+        stop: str | Sequence[str] = (), priority: int = 0, request_id: str = "", timeout_s: float | None = None,
+        grammar: Grammar | None = None, tools: Sequence[Mapping[str, Any]] = (), **sampling: Any,
     ) -> AsyncIterator[Event]:
         """Events as they come. Closing the iterator early cancels the request everywhere.
 
         Args:
             prompt: Text or token ids; or `messages` for a chat.
+            grammar: What every choice must obey: a JSON schema, a list of texts to choose from, or a `plugmesh.grammar.spec.GrammarSpec`.
+            tools: As OpenAI has them; with messages only. Calls are part of the text, as the model writes them, and obey the tools' schemas.
             sampling: temperature, top_p, top_k, min_p, repetition_penalty, presence_penalty, frequency_penalty, logit_bias,
                 seed, max_tokens, min_tokens, stop_token_ids, ignore_eos, logprobs, top_logprobs, n.
 
         Raises:
             PlugmeshError: Of the class that the gateway meant.
         """
-        request = request_to_pb(prompt, messages, model=model, stop=stop, priority=priority, request_id=request_id, sampling=sampling)
+        request = request_to_pb(
+            prompt, messages, model=model, stop=stop, priority=priority, request_id=request_id, sampling=sampling, grammar=grammar, tools=tools)
         call = self._stub.Generate(request, timeout=self._timeout_s if timeout_s is None else timeout_s, metadata=self._metadata)
         try:
             async for message in call:
@@ -66,10 +71,12 @@ class AsyncClient:
 
     async def complete(
         self, prompt: Prompt | None = None, *, messages: Sequence[Mapping[str, Any]] | None = None, model: str = "",
-        stop: str | Sequence[str] = (), priority: int = 0, request_id: str = "", timeout_s: float | None = None, **sampling: Any,
+        stop: str | Sequence[str] = (), priority: int = 0, request_id: str = "", timeout_s: float | None = None,
+        grammar: Grammar | None = None, tools: Sequence[Mapping[str, Any]] = (), **sampling: Any,
     ) -> Completion:
         """The whole answer; arguments and errors as for `generate`."""
-        request = request_to_pb(prompt, messages, model=model, stop=stop, priority=priority, request_id=request_id, sampling=sampling)
+        request = request_to_pb(
+            prompt, messages, model=model, stop=stop, priority=priority, request_id=request_id, sampling=sampling, grammar=grammar, tools=tools)
         try:
             reply = await self._stub.Complete(request, timeout=self._timeout_s if timeout_s is None else timeout_s, metadata=self._metadata)
         except grpc.RpcError as e:

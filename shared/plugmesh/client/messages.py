@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from plugmesh.errors import InvalidRequest
+from plugmesh.grammar.spec import GrammarSpec
 from plugmesh.types import FinishReason, TokenInfo, Usage
-from plugmesh.wire import finish_from_pb, token_from_pb, usage_from_pb
+from plugmesh.wire import finish_from_pb, spec_to_pb, token_from_pb, usage_from_pb
 from plugmesh_proto.v1 import inference_pb2
 
 _SAMPLING = frozenset({
@@ -19,6 +20,7 @@ _SAMPLING = frozenset({
 })
 
 Prompt = str | Sequence[int]
+Grammar = GrammarSpec | Mapping[str, Any] | Sequence[str]  # a mapping is a JSON schema, a list of strings the texts to choose from
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +87,7 @@ class Score:
 
 def request_to_pb(
     prompt: Prompt | None, messages: Sequence[Mapping[str, Any]] | None, *, model: str, stop: str | Sequence[str], priority: int,
-    request_id: str, sampling: Mapping[str, Any],
+    request_id: str, sampling: Mapping[str, Any], grammar: Grammar | None = None, tools: Sequence[Mapping[str, Any]] = (),
 ) -> inference_pb2.InferenceRequest:
     """Raises InvalidRequest on an unknown sampling parameter, a value of the wrong type, or not exactly one of prompt and messages."""
     if (prompt is None) == (messages is None):
@@ -113,9 +115,26 @@ def request_to_pb(
                 role=m["role"], content=m.get("content") or "", name=m.get("name", ""), extra_json=json.dumps(extra) if extra else "")
         if messages is not None:
             out.chat.SetInParent()
+        if tools and messages is None:
+            raise InvalidRequest("tools need messages", param="tools")
+        if tools:
+            out.chat.tools_json = json.dumps(list(tools))
+        if grammar is not None:
+            out.grammar.CopyFrom(spec_to_pb(grammar_of(grammar)))
     except (TypeError, ValueError, KeyError, AttributeError) as e:
         raise InvalidRequest(f"the request is malformed: {type(e).__name__}: {e}") from e
     return out
+
+
+def grammar_of(grammar: Grammar) -> GrammarSpec:
+    """What a short form of a grammar stands for. Raises TypeError."""
+    if isinstance(grammar, GrammarSpec):
+        return grammar
+    if isinstance(grammar, Mapping):
+        return GrammarSpec("json_schema", json.dumps(grammar))
+    if isinstance(grammar, str) or not all(isinstance(choice, str) for choice in grammar):
+        raise TypeError("a grammar is a GrammarSpec, a JSON schema or a list of strings")
+    return GrammarSpec("choice", json.dumps(list(grammar)))
 
 
 def score_to_pb(
