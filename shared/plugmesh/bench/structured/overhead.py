@@ -67,7 +67,7 @@ async def run_overhead(
                     progress.done("")
     finally:
         await engine.stop()
-    return {"facts": facts, "runs": results, "lines": lines_of(results), "failures": failures}
+    return {"facts": facts, "runs": results, "lines": lines_of(results), "failures": failures + left_out(results)}
 
 
 def _name(schema: str, batch: int, temperature: float) -> str:
@@ -110,6 +110,18 @@ def lines_of(results: Mapping[str, Mapping[str, Mapping[int, Mapping[str, Any]]]
     return found
 
 
+def left_out(results: Mapping[str, Mapping[str, Mapping[int, Mapping[str, Any]]]]) -> list[dict[str, str]]:
+    """Runs that are in no line, and why."""
+    found = []
+    for measure, sides in results.items():
+        for side, rounds in sides.items():
+            for number, f in sorted(rounds.items()):
+                if f["num_failed"] or f["num_inexact"]:
+                    reason = f"{f['num_failed']} requests failed, {f['num_inexact']} had other lengths" + "".join(f"; {e}" for e in f["errors"])
+                    found.append({"where": f"{measure}, {side}, round {number + 1}", "reason": reason})
+    return found
+
+
 def _tpots(rounds: Mapping[int, Mapping[str, Any]]) -> dict[int, float]:
     return {r: f["tpot_ms"]["p50"] for r, f in rounds.items() if f.get("tpot_ms") and not f["num_failed"] and not f["num_inexact"]}
 
@@ -130,10 +142,7 @@ async def run_mesh_overhead(setting: Setting, engines: Sequence[str], *, num_rou
         all_lines += lines_of(own)
         for measure, sides in own.items():
             results[measure] |= {f"{engine}: {side}" if side == FREE else side: rounds for side, rounds in sides.items()}
-    failures += [
-        {"where": f"{m}, {side}", "reason": error} for m, sides in results.items() for side, rounds in sides.items() for f in rounds.values() for error in f["errors"]
-    ]
-    return {"runs": results, "lines": all_lines, "failures": failures}
+    return {"runs": results, "lines": all_lines, "failures": failures + left_out(results)}
 
 
 async def _mesh_rounds(

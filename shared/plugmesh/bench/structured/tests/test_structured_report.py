@@ -37,6 +37,7 @@ def test_a_run_of_another_length_is_in_no_line() -> None:
     assert 1 == line["increase_percent"]["num"] and not line["holds"]
     assert math.isclose(line["increase_percent"]["median"], 5.0)
     assert [] == overhead.lines_of({"m": {"x": {0: figures(1)}}})
+    assert ["m, x, round 1"] == [f["where"] for f in overhead.left_out(runs)]
 
 
 def jumped(wall_s: float, steps: int, texts: list[str]) -> dict[str, Any]:
