@@ -52,6 +52,7 @@ class Watchdog:
         self._thread: threading.Thread | None = None
         self._work = threading.Event()
         self._starting = threading.Lock()
+        self._asked_for_signal = False
 
     def call(self, what: str, limit_s: float, function: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
         """The function's result, or what it raises.
@@ -99,8 +100,10 @@ class Watchdog:
             ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(call.thread), None)
 
     def _start(self) -> None:
-        if threading.current_thread() is threading.main_thread() and signal.getsignal(SIGNAL) == signal.SIG_DFL:
-            signal.signal(SIGNAL, self._on_signal)
+        if not self._asked_for_signal and threading.current_thread() is threading.main_thread():
+            self._asked_for_signal = True  # once: looking at the handler takes longer than all the rest of a call
+            if signal.getsignal(SIGNAL) == signal.SIG_DFL:
+                signal.signal(SIGNAL, self._on_signal)
         if self._thread is None or not self._thread.is_alive():
             with self._starting:
                 if self._thread is None or not self._thread.is_alive():
