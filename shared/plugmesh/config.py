@@ -33,6 +33,8 @@ from plugmesh.config_lines import line_of
 from plugmesh.errors import ConfigError
 
 SERVICE_NAMES = ("gateway", "tokenizer", "grammar", "weightstore", "prefill", "decode", "kvstore")
+OPTIONAL_SERVICES = ("rollout",)  # started where their replicas say so; a mesh serves without them
+ALL_SERVICES = (*SERVICE_NAMES, *OPTIONAL_SERVICES)
 ENV_PREFIX = "PLUGMESH_"
 
 S = TypeVar("S", bound=pydantic.BaseModel)
@@ -151,8 +153,8 @@ def load(path: pathlib.Path | str | None = None, environ: Mapping[str, str] | No
         _put(data, key.split("."), value, key)
     config = _validate(MeshConfig, data, "", source)
     for name in config.services:
-        if name not in SERVICE_NAMES:
-            raise ConfigError(f"{_place(source, f'services.{name}')}: unknown service [services.{name}]{_nearest(name, SERVICE_NAMES)}", key=f"services.{name}")
+        if name not in ALL_SERVICES:
+            raise ConfigError(f"{_place(source, f'services.{name}')}: unknown service [services.{name}]{_nearest(name, ALL_SERVICES)}", key=f"services.{name}")
     return config.model_copy(update={"source": source})
 
 

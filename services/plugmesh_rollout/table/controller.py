@@ -329,7 +329,7 @@ class Topic:
 
     def extend(self, lease_id: str, expires_at: float, now: float) -> None:
         """Raises StaleIncarnation when it has ended."""
-        self._live_lease(lease_id, now).expires_at = expires_at
+        self.live_lease(lease_id, now).expires_at = expires_at
 
     def is_acked(self, lease_id: str) -> bool:
         return lease_id in self._acked
@@ -351,7 +351,7 @@ class Topic:
         state = self._task(task)
         lease = self.leases.get(lease_id)
         if lease is not None:
-            self._live_lease(lease_id, now)
+            self.live_lease(lease_id, now)
             if lease.task != task or not set(indexes) <= set(lease.rows):
                 raise InvalidRequest("these rows are not what the lease is for", param="indexes")
             return
@@ -378,6 +378,10 @@ class Topic:
         row.holders[task] = None
         self.tasks[task].num_done += 1
         self.num_in_flight -= was and not self._is_in_flight(row)
+
+    def is_done(self, index: int, task: str) -> bool:
+        """Whether a live row is done for a task."""
+        return index in self.rows and self.rows[index].holders.get(task, _FREE) is None
 
     def finished(self, indexes: Iterable[int]) -> list[int]:
         """Of these rows, those that every task is done with."""
@@ -514,7 +518,7 @@ class Topic:
                     view.add(row)
         return view
 
-    def _live_lease(self, lease_id: str, now: float) -> Lease:
+    def live_lease(self, lease_id: str, now: float) -> Lease:
         lease = self.leases.get(lease_id)
         if lease is None or lease.expires_at <= now:
             raise StaleIncarnation("the lease has ended and its rows may be with somebody else", lease=lease_id[:16])

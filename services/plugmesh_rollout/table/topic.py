@@ -117,10 +117,10 @@ class NewRow:
 class StoredRow:
     """A live row, without its values; a `plugmesh.records.RowView`.
 
-    `holders` has the tasks that have got the row: a lease while the task works on it, None once it is done.
+    `entry` numbers the last change in the ledger. `holders` has the tasks that have got the row: a lease while the task works on it, None once it is done.
     """
 
-    __slots__ = ("digest", "group", "holders", "id", "index", "scalars", "sizes", "version")
+    __slots__ = ("digest", "entry", "group", "holders", "id", "index", "scalars", "sizes", "version")
 
     def __init__(self, index: int, id: str, group: str, version: int | None, digest: bytes) -> None:
         self.index = index
@@ -128,6 +128,7 @@ class StoredRow:
         self.group = group
         self.version = version
         self.digest = digest
+        self.entry = 0
         self.sizes: dict[str, int] = {}
         self.scalars: dict[str, float] = {}
         self.holders: dict[str, Lease | None] = {}

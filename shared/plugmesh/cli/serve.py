@@ -9,7 +9,7 @@ import sys
 
 from plugmesh import config as configuration
 from plugmesh.cli import output
-from plugmesh.config import SERVICE_NAMES
+from plugmesh.config import ALL_SERVICES
 from plugmesh.errors import ConfigError, NotFound
 from plugmesh.supervisor import plan, runs
 
@@ -20,9 +20,9 @@ def run_serve(service: str, *, config: pathlib.Path | None, nats: str, mesh: str
     Raises:
         ConfigError: Unknown service, bad configuration, or no broker to join.
     """
-    if service not in SERVICE_NAMES:
-        near = difflib.get_close_matches(service, SERVICE_NAMES, n=1)
-        raise ConfigError(f"there is no service {service!r}" + (f"; did you mean {near[0]!r}?" if near else f"; services: {', '.join(SERVICE_NAMES)}"))
+    if service not in ALL_SERVICES:
+        near = difflib.get_close_matches(service, ALL_SERVICES, n=1)
+        raise ConfigError(f"there is no service {service!r}" + (f"; did you mean {near[0]!r}?" if near else f"; services: {', '.join(ALL_SERVICES)}"))
     settings = configuration.load(config, overrides={"mesh.nats.url": nats} if nats else None)
     if not settings.mesh.nats.url:
         settings = _join(settings, service, config is None, mesh)

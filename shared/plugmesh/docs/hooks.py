@@ -40,7 +40,7 @@ class Hook:
     def services(self) -> tuple[str, ...]:
         """Where it runs; "tools" are commands."""
         text = self.slots.get("Runs in", "")
-        return EVERY_SERVICE if "every service" in text else tuple(w for w in re.findall(r"[a-z]+", text) if w in (*EVERY_SERVICE, "tools"))
+        return EVERY_SERVICE if "every service" in text else tuple(w for w in re.findall(r"[a-z]+", text) if w in (*EVERY_SERVICE, "rollout", "tools"))
 
 
 def hooks() -> list[Hook]:

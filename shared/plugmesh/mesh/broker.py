@@ -180,13 +180,13 @@ class EmbeddedBroker:
     def _prepare(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         self.directory.chmod(0o700)
-        for role in subjects.roles():
+        for role in subjects.all_roles():
             path = self.directory / f"{role}.password"
             if not path.exists():
                 _write_private(path, secrets.token_urlsafe(32))
 
     def _write_config(self) -> pathlib.Path:
-        passwords = {role: (self.directory / f"{role}.password").read_text().strip() for role in subjects.roles()}
+        passwords = {role: (self.directory / f"{role}.password").read_text().strip() for role in subjects.all_roles()}
         path = self.directory / "nats-server.conf"
         text = f"""server_name: plugmesh-{self.mesh}
 listen: "{self.host}:{self.port}"

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from plugmesh.config import SERVICE_NAMES
+from plugmesh.config import OPTIONAL_SERVICES, SERVICE_NAMES
 
 ROOT = "pm"
 OPERATOR = "plugmesh"  # the user of command line tools and of a mesh with one shared credential
@@ -106,6 +106,7 @@ TOPICS: dict[str, tuple[str, ...]] = {
     "kv.events": ("kvstore",),
     "decode.kv_events": ("decode",),
     "weights.events": ("weightstore",),
+    "rollout.events": ("rollout",),
 }
 
 # Who may call whom.
@@ -117,6 +118,7 @@ CALLS: dict[str, tuple[str, ...]] = {
     "prefill": ("decode", "kvstore", "weightstore", "tokenizer"),
     "decode": ("prefill", "kvstore", "weightstore", "tokenizer", "grammar"),
     "kvstore": ("kvstore",),
+    "rollout": ("rollout", "gateway", "decode", "tokenizer", "weightstore"),
 }
 
 
@@ -180,6 +182,11 @@ def _stream_api(stream: str) -> tuple[str, ...]:
 def roles() -> tuple[str, ...]:
     """Every user a broker should know."""
     return (OPERATOR, *SERVICE_NAMES)
+
+
+def all_roles() -> tuple[str, ...]:
+    """`roles`, and those of services that a mesh can do without."""
+    return (*roles(), *OPTIONAL_SERVICES)
 
 
 def authorization_block(mesh: str, passwords: dict[str, str]) -> str:

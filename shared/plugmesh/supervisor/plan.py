@@ -14,17 +14,20 @@ from typing import Any
 
 from plugmesh import cards
 from plugmesh import config as configuration
-from plugmesh.config import SERVICE_NAMES, MeshConfig, ServiceSettings
+from plugmesh.config import ALL_SERVICES, OPTIONAL_SERVICES, SERVICE_NAMES, MeshConfig, ServiceSettings
 from plugmesh.errors import ConfigError
 from plugmesh.supervisor.children import ChildSpec
 
 # The gateway stops first, while the services behind it still answer what it has accepted; the engines next, and last
 # the ones that the engines hand blocks back to.
-STOP_RANKS = {"gateway": 0, "decode": 1, "prefill": 1, "tokenizer": 2, "grammar": 2, "kvstore": 2, "weightstore": 2}
+STOP_RANKS = {"gateway": 0, "decode": 1, "prefill": 1, "tokenizer": 2, "grammar": 2, "kvstore": 2, "weightstore": 2, "rollout": 0}
 
 
-def check(config: MeshConfig, roles: Sequence[str] = SERVICE_NAMES) -> dict[str, ServiceSettings]:
+def check(config: MeshConfig, roles: Sequence[str] | None = None) -> dict[str, ServiceSettings]:
     """Every role's settings, checked with its own model, and the plugins' cards, checked together.
+
+    Args:
+        roles: By default those that a mesh serves with, and the optional ones that the configuration mentions.
 
     A service's `config` module is loaded by name (it is light by contract): the supervisor stands below the services.
 
@@ -32,6 +35,8 @@ def check(config: MeshConfig, roles: Sequence[str] = SERVICE_NAMES) -> dict[str,
         ConfigError: Names the key and the file.
     """
     cards.check_mesh(config)
+    if roles is None:
+        roles = (*SERVICE_NAMES, *(r for r in OPTIONAL_SERVICES if r in config.services))
     checked: dict[str, ServiceSettings] = {}
     for role in roles:
         name = f"plugmesh_{role}.config"
@@ -73,7 +78,7 @@ def specs(
     arena_dir: pathlib.Path | None,
     environ: Mapping[str, str] | None = None,
 ) -> list[ChildSpec]:
-    """One child per replica of every role, in the order of SERVICE_NAMES.
+    """One child per replica of every role, in the order of ALL_SERVICES.
 
     Args:
         nats: Role to what its `[mesh.nats]` gets: url, user, password_file.
@@ -89,7 +94,7 @@ def specs(
     # A checkout's package folders may be on this process's path only (pytest puts them there).
     env["PYTHONPATH"] = os.pathsep.join([*_source_roots(), *filter(None, [env.get("PYTHONPATH", "")])])
     children = []
-    for role in (r for r in SERVICE_NAMES if r in settings):
+    for role in (r for r in ALL_SERVICES if r in settings):
         for i in range(settings[role].replicas):
             own = json.loads(json.dumps(base))
             own["mesh"]["nats"].update(nats(role))

@@ -16,7 +16,7 @@ import pytest
 import pytest_asyncio
 
 from plugmesh import errors, wire
-from plugmesh.config import SERVICE_NAMES
+from plugmesh.config import ALL_SERVICES
 from plugmesh.mesh import subjects
 from plugmesh.mesh.api import Binding, Event
 from plugmesh.mesh.broker import EmbeddedBroker
@@ -51,22 +51,22 @@ async def member(broker: EmbeddedBroker, role: str, *, lease_ttl_s: float = 2.0,
 
 async def test_permissions_cover_all_traffic_of_every_role(broker: EmbeddedBroker) -> None:
     """Every role does everything it may do, as itself; the broker must not complain once."""
-    probes = {role: ProbeServicer() for role in SERVICE_NAMES}
+    probes = {role: ProbeServicer() for role in ALL_SERVICES}
     heard: list[Event] = []
 
     async def hear(event: Event) -> None:
         heard.append(event)
 
-    stack = [member(broker, role, probe=probes[role]) for role in SERVICE_NAMES]
-    meshes = dict(zip(SERVICE_NAMES, [await m.__aenter__() for m in stack], strict=True))
+    stack = [member(broker, role, probe=probes[role]) for role in ALL_SERVICES]
+    meshes = dict(zip(ALL_SERVICES, [await m.__aenter__() for m in stack], strict=True))
     operator = await RealMesh.connect(mesh_config(broker, lease_ttl_s=2.0), patience=PATIENCE)
     try:
         for mesh in meshes.values():
             for topic in subjects.TOPICS:
                 mesh.subscribe(topic, hear)
-        await until(lambda: all(len(m.instances("")) == len(SERVICE_NAMES) for m in [*meshes.values(), operator]))
+        await until(lambda: all(len(m.instances("")) == len(ALL_SERVICES) for m in [*meshes.values(), operator]))
         for caller, mesh in [*meshes.items(), (subjects.OPERATOR, operator)]:
-            for callee in subjects.CALLS.get(caller, SERVICE_NAMES):
+            for callee in subjects.CALLS.get(caller, ALL_SERVICES):
                 for channel in (mesh.channel(callee), mesh.channel(callee, meshes[callee].self_info.instance_id)):
                     stub = ProbeStub(channel)
                     assert await stub.unary(ask(echo="x"), timeout=5) == b"x"
@@ -91,7 +91,7 @@ async def test_permissions_cover_all_traffic_of_every_role(broker: EmbeddedBroke
         for topic, roles in subjects.TOPICS.items():
             for role in roles:
                 await meshes[role].publish(topic, b"event")
-        await until(lambda: len(heard) == len(SERVICE_NAMES) * sum(map(len, subjects.TOPICS.values())))
+        await until(lambda: len(heard) == len(ALL_SERVICES) * sum(map(len, subjects.TOPICS.values())))
         for verb in ("PING", "INFO", "STATS"):
             for role, mesh in meshes.items():
                 name = subjects.srv_name(mesh.name, role)
@@ -149,7 +149,7 @@ def test_broker_files_are_private(tmp_path: Any) -> None:
         async with EmbeddedBroker(tmp_path / "b") as b:
             assert b.directory.stat().st_mode & 0o777 == 0o700
             files = [*b.directory.glob("*.password"), b.directory / "nats-server.conf"]
-            assert len(files) == len(subjects.roles()) + 1
+            assert len(files) == len(subjects.all_roles()) + 1
             assert {f.stat().st_mode & 0o777 for f in files} == {0o600}
 
     asyncio.run(run())
