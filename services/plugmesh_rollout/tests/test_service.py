@@ -156,7 +156,7 @@ async def test_a_restart_loses_nothing_that_was_answered(kit, durability):
     held = await client.get("t", "x", ["a"], 2)
     await client.clear("t", [5])
     await table.stop()
-    table = await kit.table(durability=durability, port=table.port)
+    table = await kit.table(durability=durability, port=int(table.address.rpartition(":")[2]))
 
     state = await client.status("t")
     assert (state.num_rows, state.num_put, state.latest_version) == (5, 6, 3)
