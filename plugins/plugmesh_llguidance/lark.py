@@ -6,24 +6,18 @@ recursion becomes one single lexeme, the whole output. In one with recursion eve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-
 from plugmesh.grammar.syntax import Alt, Chars, Grammar, Node, Ref, Seq, Text
 
 # The mask is that of all tokens that may come, not only of the one that the tokenizer would choose where the text is forced.
 HEADER = '%llguidance {"no_forcing": true}\n'
 
 
+MAX_DEPTH = 8  # of brackets in one rule; the library's parser refuses what is much deeper
+
+
 def write(grammar: Grammar) -> str:
     """Lark source with the header."""
-    names = grammar.reachable()
-    if grammar.is_recursive:
-        new = {name: f"r{i}" for i, name in enumerate(names)}
-        rules = "".join(f"{new[n]}: {_render(grammar.rules[n], new, _by_character)}\n" for n in names)
-        return f"{HEADER}start: r0\n{rules}"
-    new = {name: f"T{i}" for i, name in enumerate(names)}
-    rules = "".join(f"{new[n]}: {_render(grammar.rules[n], new, _whole)}\n" for n in names)
-    return f"{HEADER}start: T0\n{rules}"
+    return _Writer(grammar).source()
 
 
 def write_node(node: Node) -> str:
@@ -31,27 +25,55 @@ def write_node(node: Node) -> str:
     return write(Grammar("root", {"root": node}))
 
 
-def _render(node: Node, names: Mapping[str, str], text: Callable[[str], str]) -> str:
-    if isinstance(node, Text):
-        return text(node.text)
-    if isinstance(node, Chars):
-        return "/[" + "".join(_char(a) if a == b else f"{_char(a)}-{_char(b)}" for a, b in node.ranges) + "]/" if node.ranges else "/[^\\x{0}-\\x{10FFFF}]/"
-    if isinstance(node, Ref):
-        return names[node.name]
-    if isinstance(node, Seq):
-        return " ".join(_render(i, names, text) for i in node.items) or '""'
-    if isinstance(node, Alt):
-        return "(" + " | ".join(_render(i, names, text) for i in node.items) + ")"
-    most = "" if node.most is None else node.most
-    return f"({_render(node.item, names, text)}){{{node.least},{most}}}"
+class _Writer:
+    def __init__(self, grammar: Grammar) -> None:
+        self.is_recursive = grammar.is_recursive
+        self.order = grammar.reachable()
+        self.grammar = grammar
+        self.names = {name: self.name_of(i) for i, name in enumerate(self.order)}
+        self.lines: list[str] = []
+
+    def name_of(self, number: int) -> str:
+        """Small letters make a rule, capitals a lexeme."""
+        return f"r{number}" if self.is_recursive else f"T{number}"
+
+    def source(self) -> str:
+        for name in self.order:
+            body = self.render(self.grammar.rules[name], 0)
+            self.lines.append(f"{self.names[name]}: {body}\n")
+        return f"{HEADER}start: {self.names[self.grammar.root]}\n{''.join(self.lines)}"
+
+    def render(self, node: Node, depth: int) -> str:
+        if isinstance(node, Text):
+            return _by_character(node.text) if self.is_recursive else _whole(node.text)
+        if isinstance(node, Chars):
+            return f"/{_class(node)}/"
+        if isinstance(node, Ref):
+            return self.names[node.name]
+        if depth >= MAX_DEPTH:
+            body = self.render(node, 0)
+            name = self.name_of(len(self.order) + len(self.lines))
+            self.lines.append(f"{name}: {body}\n")
+            return name
+        if isinstance(node, Seq):
+            return " ".join(self.render(i, depth + 1) for i in node.items) or '""'
+        if isinstance(node, Alt):
+            return "(" + " | ".join(self.render(i, depth + 1) for i in node.items) + ")"
+        most = "" if node.most is None else node.most
+        return f"({self.render(node.item, depth + 1)}){{{node.least},{most}}}"
 
 
 def _by_character(text: str) -> str:
-    return " ".join(f"/[{_char(ord(c))}]/" for c in text) or '""'
+    return "(" + " ".join(f"/[{_char(ord(c))}]/" for c in text) + ")" if text else '""'
 
 
 def _whole(text: str) -> str:
     return "/" + "".join(f"[{_char(ord(c))}]" for c in text) + "/" if text else '""'
+
+
+def _class(node: Chars) -> str:
+    ranges = "".join(_char(a) if a == b else f"{_char(a)}-{_char(b)}" for a, b in node.ranges)
+    return f"[{ranges}]" if ranges else "[^\\x{0}-\\x{10FFFF}]"  # the last is no character at all
 
 
 def _char(c: int) -> str:

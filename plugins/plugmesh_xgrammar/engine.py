@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from plugmesh.errors import DataLoss, UnsupportedGrammar
-from plugmesh.grammar import regex
+from plugmesh.grammar import gbnf, regex
 from plugmesh.grammar.form import pack, unpack
 from plugmesh.grammar.seams import GrammarVocabulary
 from plugmesh.grammar.syntax import Grammar, to_gbnf
@@ -57,14 +57,12 @@ class XgrammarEngine:
         compiler = self._classes.GrammarCompiler(self._tokenizer, self._threads, False, -1)
         try:
             if language == "ebnf":
-                grammar = compiler.compile_grammar_from_strings(source, _root_of(source))
+                grammar = compiler.compile_grammar_from_strings(to_gbnf(gbnf.parse(source)), "root")
             elif language == "regex":
-                # By way of a tree: the library's own reading leaves out some of what it does not support, anchors for one.
                 tree = Grammar("root", {"root": regex.parse(source)})
                 grammar = compiler.compile_grammar_from_strings(to_gbnf(tree), "root")
             elif language == "structural_tag":
-                _check_tag(source)
-                grammar = compiler.compile_structural_tag(source)
+                grammar = compiler.compile_structural_tag(_tag(source))
             else:
                 raise UnsupportedGrammar(f"xgrammar does not take grammars in {language!r}", keyword=language)
             text = str(grammar.serialize_json())
@@ -81,29 +79,30 @@ class XgrammarEngine:
         return Compiled(self._classes, grammar, self._known)
 
 
-def _root_of(source: str) -> str:
-    """The rule that a grammar starts with: `root`, else its first."""
-    names = re.findall(r"(?m)^\s*([A-Za-z_][A-Za-z0-9_.-]*)\s*::=", source)
-    if not names:
-        raise UnsupportedGrammar("the grammar has no rule: name ::= ...", keyword="ebnf")
-    return "root" if "root" in names else names[0]
-
-
-def _check_tag(source: str) -> None:
-    """Refuses formats that the library enforces only in part."""
+def _tag(source: str) -> str:
+    """A structural tag with its grammars and regular expressions read by us; refuses formats that the library enforces only in part."""
     try:
-        todo = [json.loads(source)]
+        tag = json.loads(source)
+        return json.dumps(_tag_node(tag))
     except (ValueError, RecursionError) as e:
-        raise UnsupportedGrammar("the structural tag is not valid JSON", keyword="structural_tag") from e
-    while todo:
-        node = todo.pop()
-        if isinstance(node, list):
-            todo += node
-        elif isinstance(node, dict):
-            kind = node.get("type")
-            if isinstance(kind, str) and kind not in TAG_FORMATS and kind != "structural_tag":
-                raise UnsupportedGrammar(f"a structural tag's format {kind!r} cannot be enforced exactly", keyword=kind)
-            todo += node.values()
+        raise UnsupportedGrammar("the structural tag is not valid JSON, or nested too deeply", keyword="structural_tag") from e
+
+
+def _tag_node(node: Any) -> Any:
+    if isinstance(node, list):
+        return [_tag_node(item) for item in node]
+    if not isinstance(node, dict):
+        return node
+    kind = node.get("type")
+    if isinstance(kind, str) and kind not in TAG_FORMATS and kind != "structural_tag":
+        raise UnsupportedGrammar(f"a structural tag's format {kind!r} cannot be enforced exactly", keyword=kind)
+    if kind == "grammar" and isinstance(node.get("grammar"), str):
+        return {**node, "grammar": to_gbnf(gbnf.parse(node["grammar"]))}
+    if kind == "regex" and isinstance(node.get("pattern"), str):
+        if set(node) != {"type", "pattern"}:
+            raise UnsupportedGrammar("a structural tag's regex has a pattern and nothing else", keyword="regex")
+        return {"type": "grammar", "grammar": to_gbnf(Grammar("root", {"root": regex.parse(node["pattern"])}))}
+    return {key: _tag_node(value) for key, value in node.items()}
 
 
 def _first_line(error: BaseException) -> str:

@@ -33,7 +33,11 @@ class XgrammarMatcher:
         if self._inner.is_terminated():
             mask[:] = 0
             return True
-        return bool(self._inner.fill_next_token_bitmask(mask.view(np.int32), 0, False))
+        is_needed = bool(self._inner.fill_next_token_bitmask(mask.view(np.int32), 0, False))
+        rest = len(self._known) % 32
+        if rest:  # what is beyond the logits the library leaves as it comes
+            mask[-1] &= np.uint32((1 << rest) - 1)
+        return is_needed
 
     def accept(self, token_id: int) -> bool:
         if not (0 <= token_id < len(self._known) and self._known[token_id]) or self._inner.is_terminated():

@@ -125,14 +125,15 @@ def complement(ranges: Ranges) -> Ranges:
 
 
 def to_gbnf(grammar: Grammar) -> str:
-    """The grammar as GBNF whose first rule is `root`; classes are spelled out without negation."""
-    names = {name: "root" if i == 0 else f"r{i}" for i, name in enumerate(grammar.reachable())}
-    return "".join(f"{new} ::= {_gbnf(grammar.rules[old], names)}\n" for old, new in names.items())
+    """The grammar as GBNF whose first rule is `root`, which no rule needs; classes are spelled out without negation."""
+    order = grammar.reachable()
+    names = {name: f"r{i}" for i, name in enumerate(order)}
+    return f"root ::= {names[grammar.root]}\n" + "".join(f"{names[name]} ::= {_gbnf(grammar.rules[name], names)}\n" for name in order)
 
 
 def _gbnf(node: Node, names: Mapping[str, str]) -> str:
     if isinstance(node, Text):
-        return '"' + "".join(_gbnf_char(ord(c)) for c in node.text) + '"'
+        return '"' + "".join(c if c == "-" else _gbnf_char(ord(c)) for c in node.text) + '"'
     if isinstance(node, Chars):
         return "[" + "".join(_gbnf_char(a) if a == b else f"{_gbnf_char(a)}-{_gbnf_char(b)}" for a, b in node.ranges) + "]"
     if isinstance(node, Ref):
@@ -146,7 +147,9 @@ def _gbnf(node: Node, names: Mapping[str, str]) -> str:
 
 
 def _gbnf_char(c: int) -> str:
-    """Letters and digits as they are, the rest escaped: no notation's special characters matter."""
+    """Letters and digits as they are, the rest by their numbers, but a hyphen: xgrammar takes its number for the sign of a range, and its escape for nothing outside of a class."""
+    if c == 0x2D:
+        return "\\-"
     if c < 0x80 and chr(c).isalnum():
         return chr(c)
     return f"\\u{c:04x}" if c <= 0xFFFF else f"\\U{c:08x}"

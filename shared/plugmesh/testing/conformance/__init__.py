@@ -21,6 +21,7 @@ from plugmesh.testing.conformance.base import RecordConformance
 from plugmesh.testing.conformance.card import CardConformance
 from plugmesh.testing.conformance.draft import DraftConformance
 from plugmesh.testing.conformance.eviction import EvictionConformance
+from plugmesh.testing.conformance.grammar_engine import GrammarEngineConformance
 from plugmesh.testing.conformance.kv_codec import KvCodecConformance
 from plugmesh.testing.conformance.kv_hand_over import KvHandOverConformance
 from plugmesh.testing.conformance.prefill_policy import PrefillPolicyConformance
@@ -33,9 +34,9 @@ from plugmesh.testing.conformance.weight_format import WeightFormatConformance
 from plugmesh.testing.conformance.workload import WorkloadConformance
 
 __all__ = [
-    "AdmissionConformance", "CardConformance", "DraftConformance", "EvictionConformance", "KvCodecConformance", "KvHandOverConformance", "PrefillPolicyConformance",
-    "PromptFilterConformance", "QualityMetricConformance", "RecordConformance", "RouterConformance", "SchedulerConformance", "StrategyConformance",
-    "WeightFormatConformance", "WorkloadConformance", "suites",
+    "AdmissionConformance", "CardConformance", "DraftConformance", "EvictionConformance", "GrammarEngineConformance", "KvCodecConformance",
+    "KvHandOverConformance", "PrefillPolicyConformance", "PromptFilterConformance", "QualityMetricConformance", "RecordConformance",
+    "RouterConformance", "SchedulerConformance", "StrategyConformance", "WeightFormatConformance", "WorkloadConformance", "suites",
 ]  # fmt: skip
 
 
