@@ -1,0 +1,185 @@
+"""Writes a grammar as GBNF, the EBNF that `xgrammar.Grammar.from_ebnf` and llama.cpp read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .automata import Dfa
+from .grammar import Alt, FreeNumber, FreeString, Grammar, Part, Ref, Regular, Repeat, Seq, Space, Text
+
+_HEX = "[0-9a-fA-F]"
+# One code point of a JSON string; lone surrogates are not code points, and pairs of them are one, so neither may be escaped where they are counted.
+_UNIT = r'([^"\\\x00-\x1f] | "\\" (["\\/bfnrt] | "u" ([0-9a-cA-CefEF] ' + _HEX + " | [dD] [0-7]) " + _HEX + " " + _HEX + "))"
+_ESCAPES = {8: "b", 9: "t", 10: "n", 12: "f", 13: "r", 34: '"', 92: "\\"}
+
+
+def literal(text: str) -> str:
+    """Of one or more characters. xgrammar reads as many digits behind \\x as there are, so an escape ends its literal."""
+    out = []
+    for char in text:
+        code = ord(char)
+        if char in '"\\':
+            out.append("\\" + char)
+        elif code < 32 or 127 <= code < 160:
+            out.append(f'\\x{code:02x}" "')
+        else:
+            out.append(char)
+    return ('"' + "".join(out) + '"').removesuffix(' ""')
+
+
+def _class_char(code: int) -> str:
+    # Never as it is: see `literal`; no digit may follow an escape.
+    return f"\\x{code:02x}" if code < 128 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def _class(ranges: Sequence[tuple[int, int]]) -> str:
+    if len(ranges) == 1 and ranges[0][0] == ranges[0][1]:
+        return literal(chr(ranges[0][0]))
+    return "[" + "".join(_class_char(lo) + (f"-{_class_char(hi)}" if hi > lo else "") for lo, hi in ranges) + "]"
+
+
+def json_char(ranges: Sequence[tuple[int, int]]) -> tuple[list[tuple[int, int]], list[str]]:
+    """How characters are written inside of a JSON string: as they are, and as escapes.
+
+    Of control characters without a short escape only single ones are written (from an enum, say), and those of a class that has nothing else.
+    """
+    raw: list[tuple[int, int]] = []
+    escapes = []
+    for lo, hi in ranges:
+        for code, short in _ESCAPES.items():
+            if lo <= code <= hi:
+                escapes.append("\\" + short)
+        if lo == hi < 32 and lo not in _ESCAPES:
+            escapes.append(f"\\u{lo:04x}")
+        for first, last in ((32, 33), (35, 91), (93, 0x10FFFF)):
+            if max(lo, first) <= min(hi, last):
+                raw.append((max(lo, first), min(hi, last)))
+    if not raw and not escapes:
+        escapes = [f"\\u{code:04x}" for lo, hi in ranges for code in range(lo, hi + 1)]
+    return raw, escapes
+
+
+class EbnfWriter:
+    """Source of one grammar.
+
+    Args:
+        flexible: Allow whitespace: none, a space, or a new line and up to 32 spaces.
+    """
+
+    def __init__(self, grammar: Grammar, *, flexible: bool) -> None:
+        self._grammar = grammar
+        self._space = "ws" if flexible else ""
+        self._lines: dict[str, str] = {}
+        self._regular: dict[tuple[Dfa, bool], str] = {}
+        self._helpers: dict[str, str] = {}
+
+    def write(self) -> str:
+        """Raises nothing: the grammar has been pruned."""
+        for name, part in self._grammar.rules.items():
+            self._lines[name] = self._text(part)
+        lines = [f"root ::= {self._grammar.root}"]
+        if self._space:
+            lines.append(r'ws ::= "" | " " | "\n" " "{0,32}')
+        lines += [f"{name} ::= {body}" for name, body in (self._helpers | self._lines).items()]
+        return "\n".join(lines) + "\n"
+
+    def _text(self, part: Part) -> str:
+        if isinstance(part, Text):
+            return literal(part.text)
+        if isinstance(part, Ref):
+            return part.rule
+        if isinstance(part, Seq):
+            texts = [f"({self._text(inner)})" if isinstance(inner, Alt) else self._text(inner) for inner in part.parts]
+            return " ".join(text for text in texts if text) or '""'
+        if isinstance(part, Alt):
+            return " | ".join(self._text(inner) or '""' for inner in part.parts)
+        if isinstance(part, Repeat):
+            inner = self._text(part.part)
+            times = "*" if (part.least, part.most) == (0, None) else f"{{{part.least},{'' if part.most is None else part.most}}}"
+            return '""' if part.most == 0 else f"({inner}){times}"
+        if isinstance(part, Space):
+            return self._space
+        if isinstance(part, FreeNumber):
+            return self._helper("number", r'"-"? ("0" | [1-9] [0-9]*) ("." [0-9]+)? ([eE] [+\-]? [0-9]{1,2})?')
+        if isinstance(part, FreeString):
+            if (part.least, part.most) == (0, None):
+                return self._helper("string", r'"\"" ([^"\\\x00-\x1f] | "\\" (["\\/bfnrt] | "u" ' + " ".join([_HEX] * 4) + r'))* "\""')
+            unit = self._helper("char", _UNIT)
+            bounds = f"{{{part.least},{'' if part.most is None else part.most}}}" if part.most != 0 else ""
+            return f'"\\"" {unit}{bounds} "\\""' if part.most != 0 else r'"\"\""'
+        return self._automaton(part)
+
+    def _helper(self, name: str, body: str) -> str:
+        self._helpers[name] = body
+        return name
+
+    def _automaton(self, part: Regular) -> str:
+        key = (part.dfa, part.in_json)
+        if key not in self._regular:
+            name = f"r{len(self._regular)}"
+            self._regular[key] = name
+            self._write_automaton(part.dfa, part.in_json, name)
+        return self._regular[key]
+
+    def _chars(self, ranges: Sequence[tuple[int, int]], in_json: bool) -> str:
+        if not in_json:
+            return _class(ranges)
+        raw, escapes = json_char(ranges)
+        texts = ([_class(raw)] if raw else []) + [literal(text) for text in escapes]
+        return texts[0] if len(texts) == 1 else f"({' | '.join(texts)})" if texts else ""
+
+    def _write_automaton(self, dfa: Dfa, in_json: bool, name: str) -> None:
+        # A right-linear rule per state that more than one arc leads to; other states stand where they are used.
+        moves: list[dict[int, list[tuple[int, int]]]] = []
+        entries = [0] * len(dfa.arcs)
+        entries[0] += 2
+        for arcs in dfa.arcs:
+            grouped: dict[int, list[tuple[int, int]]] = {}
+            for lo, hi, target in arcs:
+                grouped.setdefault(target, []).append((lo, hi))
+            moves.append(grouped)
+        for state, grouped in enumerate(moves):
+            for target in grouped:
+                if target != state:
+                    entries[target] += 1
+        end = r'"\""' if in_json else '""'
+        bodies: dict[int, str] = {}
+
+        def reference(state: int) -> str:
+            return bodies[state] if entries[state] < 2 else f"{name}s{state}"
+
+        # Single-entry states are written before the states that lead to them.
+        order: list[int] = []
+        seen: set[int] = set()
+        stack = [(0, False)]
+        while stack:
+            state, done = stack.pop()
+            if done:
+                order.append(state)
+            elif state not in seen:
+                seen.add(state)
+                stack.append((state, True))
+                stack.extend((target, False) for target in moves[state] if target not in seen)
+        for state in order:
+            rows = []
+            loop = ""
+            for target, ranges in moves[state].items():
+                chars = self._chars(ranges, in_json)
+                if target == state:
+                    loop = f"{chars}*"
+                else:
+                    following = reference(target)
+                    rows.append(f"{chars} {following}".strip())
+            if state in dfa.accepting:
+                rows.append(end)
+            body = rows[0] if len(rows) == 1 else " | ".join(rows)
+            if loop:
+                body = f"{loop} ({body})" if len(rows) > 1 else f"{loop} {body}"
+            elif len(rows) > 1 and entries[state] < 2:
+                body = f"({body})"
+            bodies[state] = body
+            if entries[state] >= 2:
+                prefix = r'"\"" ' if in_json and state == 0 else ""
+                if state == 0:
+                    self._lines[name] = f"{prefix}{name}s0"
+                self._lines[f"{name}s{state}"] = body
