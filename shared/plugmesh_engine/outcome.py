@@ -85,6 +85,7 @@ def choose_tokens(
     """
     sampled: list[Sampled] = []
     pairs: list[tuple[Seq, Planned, int, list[TokenInfo | None]]] = []  # sequence, its part, first row of the logits, where its tokens go
+    full_best: list[int] = []  # of the rows of `pairs`
     row = full_row = 0
     for p in plan:
         assert p.rows is not None
@@ -103,11 +104,12 @@ def choose_tokens(
             sampled.append((sibling, p, infos))
             if p.rows.full:
                 pairs.append((sibling, p, full_first, infos))
+                full_best += best[first : first + 1 + len(p.draft)]
     if pairs:
         at = [full_first + i for _, p, full_first, _ in pairs for i in range(1 + len(p.draft))]
         logits = result.logits if at == list(range(len(result.logits))) else result.logits[at]
         rows = [_sample_row(s, p.draft, i, eos) for s, p, _, _ in pairs for i in range(1 + len(p.draft))]
-        found = iter(sample(logits, rows, choose))
+        found = iter(sample(logits, rows, choose, full_best))
         for _, p, _, infos in pairs:
             infos.extend(itertools.islice(found, 1 + len(p.draft)))
     return sampled

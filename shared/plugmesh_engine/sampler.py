@@ -42,7 +42,9 @@ Choose = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, n
 """The signature of `sample_rows`."""
 
 
-def sample(logits: np.ndarray, rows: Sequence[SampleRow], choose: Choose | None = None) -> list[TokenInfo | None]:
+def sample(
+    logits: np.ndarray, rows: Sequence[SampleRow], choose: Choose | None = None, best: Sequence[int] | None = None
+) -> list[TokenInfo | None]:
     """One token per row, in the order that `plugmesh.types.SamplingParams` documents.
 
     Tokens whose logits tie with the last one that top-k or top-p lets in are let in too, so that a result never depends on the order of a sort.
@@ -51,17 +53,20 @@ def sample(logits: np.ndarray, rows: Sequence[SampleRow], choose: Choose | None 
     Args:
         logits: (R, vocab) float32; changed in place.
         choose: In place of `sample_rows`; an executor may have it run on its own threads.
+        best: `StepResult.best` of the rows, where it is known: below 0 for one without a finite maximum.
 
     Returns:
         None for a row without a finite maximum (NaN or infinity in the model's output).
     """
-    spoiled = [i for i, r in enumerate(rows) if _edits(r) and not np.isfinite(logits[i].max())]  # before an edit hides it
+    # Before an edit hides it.
+    spoiled = [i for i, r in enumerate(rows) if _edits(r) and (not np.isfinite(logits[i].max()) if best is None else best[i] < 0)]
     confidences = _confidences(logits, rows)  # of the model's own distribution: a bias or a mask would make any token look certain
     for i, r in enumerate(rows):
         if _edits(r):
             _edit(logits[i], r)
     _mask(logits, rows)
-    logits[spoiled] = np.nan
+    if spoiled:
+        logits[spoiled] = np.nan
     chosen = _choose(logits, rows, choose)
     infos = _infos(logits, rows, chosen)
     for i, confidence in confidences.items():
