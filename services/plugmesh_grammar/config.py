@@ -16,7 +16,7 @@ class Settings(ServiceSettings):
     """
 
     # What is taken; checked before any process sees the grammar
-    max_schema_bytes: int = pydantic.Field(256 << 10, ge=1024, le=8 << 20)  # UTF-8 bytes of a grammar's source, whatever its kind
+    max_schema_bytes: int = pydantic.Field(192 << 10, ge=1024, le=240 << 10)  # of a grammar's source, in UTF-8; it must fit into a message over NATS
     max_schema_depth: int = pydantic.Field(64, ge=4, le=256)                # nested objects and arrays of a schema, groups of a regex or rule
     max_enum_values: int = pydantic.Field(4096, ge=1)                       # of one enum, or choices
     max_regex_chars: int = pydantic.Field(4096, ge=16)                      # of a regex, or one pattern of a schema

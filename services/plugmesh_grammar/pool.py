@@ -42,6 +42,7 @@ class WorkerPool:
         self._all: set[Worker] = set()
         self._is_closed = False
         self._reaper: asyncio.Task[None] | None = None
+        self._refills: set[asyncio.Task[None]] = set()
         self.num_waiting = 0
         self.num_killed = 0
 
@@ -59,9 +60,10 @@ class WorkerPool:
     async def stop(self) -> None:
         """Ends all processes; calls under way fail with Unavailable."""
         self._is_closed = True
-        if self._reaper is not None:
-            self._reaper.cancel()
-            await asyncio.gather(self._reaper, return_exceptions=True)
+        tasks = [*self._refills, *([self._reaper] if self._reaper is not None else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         await asyncio.gather(*(worker.kill() for worker in self._all))
         self._all.clear()
         self._idle.clear()
@@ -78,7 +80,10 @@ class WorkerPool:
         settings = self._settings
         fields = {
             "op": "compile", "hash": vocabulary.tokenizer_hash, "spec": dataclasses.asdict(spec),
-            "limits": {name: getattr(settings, name) for name in ("max_schema_bytes", "max_schema_depth", "max_enum_values", "max_regex_chars")},
+            "limits": {
+                "max_bytes": settings.max_schema_bytes, "max_depth": settings.max_schema_depth,
+                "max_enum_values": settings.max_enum_values, "max_regex_chars": settings.max_regex_chars,
+            },
         }
         reply, data = await self._ask(fields, b"", vocabulary, packed)
         if len(data) > settings.max_compiled_bytes:
@@ -132,6 +137,10 @@ class WorkerPool:
                 self.num_killed += 1
                 self._all.discard(worker)
                 await worker.kill()
+                if not self._is_closed:
+                    task = asyncio.create_task(self._refill(vocabulary, packed), name="grammar-refill")
+                    self._refills.add(task)
+                    task.add_done_callback(self._refills.discard)
         if "error" in reply:
             raise protocol.error_of(reply["error"])
         return reply, answer
@@ -139,12 +148,12 @@ class WorkerPool:
     def _too_long(self) -> GrammarTimeout:
         return GrammarTimeout(f"the grammar did not compile within {self._settings.compile_timeout_s:g} s; it may be valid", param="grammar")
 
-    async def _take(self, vocabulary: GrammarVocabulary, packed: bytes) -> Worker:
-        """An idle process, or a new one; one that dies while it learns the vocabulary is replaced once."""
+    async def _take(self, vocabulary: GrammarVocabulary, packed: bytes, *, fresh: bool = False) -> Worker:
+        """An idle process, or a new one (always a new one if `fresh`); one that dies while it learns the vocabulary is replaced once."""
         for is_last in (False, True):
             if self._is_closed:
                 raise Unavailable("the grammar service is stopping", retry_after_s=1)
-            worker = self._idle.pop() if self._idle else None
+            worker = self._idle.pop() if self._idle and not fresh else None
             if worker is not None and not worker.is_alive:
                 self._all.discard(worker)
                 worker = None
@@ -163,6 +172,15 @@ class WorkerPool:
                 if is_last:
                     raise Unavailable("the grammar process does not start", retry_after_s=5) from e
         raise AssertionError("unreachable")
+
+    async def _refill(self, vocabulary: GrammarVocabulary, packed: bytes) -> None:
+        """Another process for one that was killed, before somebody must wait for its start."""
+        async with self._free:
+            if len(self._all) < self._settings.compile_workers and not self._is_closed:
+                try:
+                    self._put_back(await self._take(vocabulary, packed, fresh=True))
+                except Unavailable as e:
+                    log.warning("grammar.refill_failed", error=e.message)
 
     def _put_back(self, worker: Worker) -> None:
         worker.idle_since = asyncio.get_running_loop().time()

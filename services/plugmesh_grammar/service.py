@@ -69,16 +69,7 @@ class GrammarService:
         self._idle = asyncio.Event()
         self._idle.set()
         self._default: LoadedVocabulary | None = None
-        self.measures = Measures(context.metrics, {
-            "grammar_cached": ("Compiled grammars in memory", lambda: len(self.compiler)),
-            "grammar_cached_bytes": ("Their bytes", lambda: self.compiler.cached_bytes),
-            "grammar_waiting": ("Compilations waiting for a process", lambda: self.pool.num_waiting),
-            "grammar_workers": ("Processes that compile", lambda: len(self.pool.pids)),
-            "grammar_workers_killed": ("Processes ended before their time", lambda: self.num_killed),
-            "grammar_sequences": ("Sequences open on Masks streams", lambda: len(self.matching)),
-            "grammar_streams": ("Masks streams open", lambda: self.num_streams),
-            "grammar_catalogue_failures": ("Times that the catalogue could not be used", lambda: self.catalogue.num_failures if self.catalogue else 0),
-        })
+        self.measures = Measures(context.metrics, self)
 
     def _make_catalogue(self) -> Catalogue | None:
         settings = self.settings

@@ -101,8 +101,7 @@ class Worker:
 
         began = time.perf_counter()
         spec = GrammarSpec(**fields["spec"])
-        names = {f.name for f in dataclasses.fields(SchemaLimits)}
-        lowered = lower(spec, limits=SchemaLimits(**{k: v for k, v in fields["limits"].items() if k in names}))
+        lowered = lower(spec, limits=SchemaLimits(**fields["limits"]))
         engines = self._engines[fields["hash"]]
         records = [r for r in self._records if r.name in engines and spec.engine in ("", r.name)]
         if not records:

@@ -56,7 +56,7 @@ def is_whole(mesh: Cluster) -> bool:
         states = [(i["role"], i["state"]) for i in mesh.instances()]
     except PlugmeshError:
         return False
-    want = {"gateway": 1, "tokenizer": 2, "weightstore": 1, "prefill": 1, "decode": 2, "kvstore": 1}
+    want = {"gateway": 1, "tokenizer": 2, "grammar": 1, "weightstore": 1, "prefill": 1, "decode": 2, "kvstore": 1}
     # Nobody else, either: a killed instance that is still in the table would have requests routed to it and migrated in the next test.
     return len(states) == sum(want.values()) and all(sum(r == role and s == "ready" for r, s in states) == n for role, n in want.items())
 

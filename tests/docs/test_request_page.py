@@ -33,5 +33,5 @@ def test_every_step_of_the_request_page_exists():
 
 def test_the_page_visits_every_service():
     text = (ROOT / "docs" / "request.md").read_text()
-    for service in ("gateway", "tokenizer", "prefill", "decode", "kvstore", "weightstore"):
+    for service in ("gateway", "tokenizer", "grammar", "prefill", "decode", "kvstore", "weightstore"):
         assert f"services/plugmesh_{service}/" in text

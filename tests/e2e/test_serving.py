@@ -18,7 +18,7 @@ from plugmesh.testing.cluster import Cluster, running, wait_until
 
 pytestmark = [pytest.mark.nats, pytest.mark.model, pytest.mark.timeout(300)]
 
-SERVICES = ("gateway", "tokenizer", "weightstore", "prefill", "decode", "kvstore")
+SERVICES = ("gateway", "tokenizer", "grammar", "weightstore", "prefill", "decode", "kvstore")
 
 
 @pytest.fixture(scope="module")

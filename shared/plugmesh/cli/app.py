@@ -52,7 +52,7 @@ def up(
 
 @app.command(rich_help_panel="Serve")
 def serve(
-    service: Annotated[str, typer.Argument(help="gateway, tokenizer, weightstore, prefill, decode or kvstore.")],
+    service: Annotated[str, typer.Argument(help="gateway, tokenizer, grammar, weightstore, prefill, decode or kvstore.")],
     config: Config = None,
     nats: Nats = "",
     mesh: MeshName = None,

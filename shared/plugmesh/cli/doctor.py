@@ -209,6 +209,7 @@ def _kernels(config: MeshConfig) -> list[Finding]:
 _PACKAGES = {
     "gateway": ("fastapi", "uvicorn"),
     "tokenizer": ("tokenizers", "jinja2"),
+    "grammar": ("xgrammar", "llguidance", "sqlalchemy", "alembic", "tokenizers"),
     "weightstore": ("sqlalchemy", "alembic", "gguf", "safetensors", "numpy"),
     "kvstore": ("sqlalchemy", "numpy"),
     "all": ("grpcio", "nats-py", "protobuf"),

@@ -137,7 +137,7 @@ class GrammarClient:
                 raise problem
             log.info("grammar.instance_failed", instance=info.instance_id, code=problem.code)
             failure = problem
-        if isinstance(failure, DeadlineExceeded | InternalError | DataLoss):
+        if isinstance(failure, DeadlineExceeded | DataLoss):
             raise Unavailable(f"no grammar service answers: {failure.message}", retry_after_s=1) from failure
         raise failure
 
