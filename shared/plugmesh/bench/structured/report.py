@@ -86,7 +86,7 @@ def _parts(setting: Setting, plan: Plan, progress: Progress) -> dict[str, Part]:
 
     return {
         "suite": suite,
-        "extraction": lambda: extracting.run_extraction(own("extraction"), tasks, progress=progress, max_tokens=48 if quick else extracting.MAX_TOKENS),
+        "extraction": lambda: extracting.run_extraction(own("extraction"), tasks, progress=progress, max_tokens=128 if quick else extracting.MAX_TOKENS),
         "overhead": lambda: overhead.run_overhead(own("overhead"), plan.engines, batches=batches, num_rounds=rounds, seed=plan.seed, progress=progress),
         "mesh-overhead": lambda: overhead.run_mesh_overhead(own("mesh"), plan.engines, batches=batches, num_rounds=rounds, seed=plan.seed, progress=progress),
         "times": lambda: overhead.run_micro(own("times"), plan.engines, cases, progress=progress),
