@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -214,7 +215,7 @@ def _overlay(a: Sequence[Arc], b: Sequence[Arc]) -> list[tuple[int, int, int | N
     points = sorted({p for lo, hi, _ in (*a, *b) for p in (lo, hi + 1)})
     out = []
     i = j = 0
-    for lo, after in zip(points, points[1:], strict=False):
+    for lo, after in pairwise(points):
         while i < len(a) and a[i][1] < lo:
             i += 1
         while j < len(b) and b[j][1] < lo:

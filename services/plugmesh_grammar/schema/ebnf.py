@@ -35,6 +35,10 @@ def _class_char(code: int) -> str:
 def _class(ranges: Sequence[tuple[int, int]]) -> str:
     if len(ranges) == 1 and ranges[0][0] == ranges[0][1]:
         return literal(chr(ranges[0][0]))
+    return _brackets(ranges)
+
+
+def _brackets(ranges: Sequence[tuple[int, int]]) -> str:
     return "[" + "".join(_class_char(lo) + (f"-{_class_char(hi)}" if hi > lo else "") for lo, hi in ranges) + "]"
 
 
@@ -103,7 +107,8 @@ class EbnfWriter:
             return self._helper("number", r'"-"? ("0" | [1-9] [0-9]*) ("." [0-9]+)? ([eE] [+\-]? [0-9]{1,2})?')
         if isinstance(part, FreeString):
             if (part.least, part.most) == (0, None):
-                return self._helper("string", r'"\"" ([^"\\\x00-\x1f] | "\\" (["\\/bfnrt] | "u" ' + " ".join([_HEX] * 4) + r'))* "\""')
+                self._helper("chars", r'[^"\\\x00-\x1f]* ("\"" | "\\" (["\\/bfnrt] | "u" ' + " ".join([_HEX] * 4) + ") chars)")
+                return self._helper("string", r'"\"" chars')
             unit = self._helper("char", _UNIT)
             bounds = f"{{{part.least},{'' if part.most is None else part.most}}}" if part.most != 0 else ""
             return f'"\\"" {unit}{bounds} "\\""' if part.most != 0 else r'"\"\""'
@@ -121,34 +126,34 @@ class EbnfWriter:
             self._write_automaton(part.dfa, part.in_json, name)
         return self._regular[key]
 
-    def _chars(self, ranges: Sequence[tuple[int, int]], in_json: bool) -> str:
-        if not in_json:
-            return _class(ranges)
-        raw, escapes = json_char(ranges)
-        texts = ([_class(raw)] if raw else []) + [literal(text) for text in escapes]
-        return texts[0] if len(texts) == 1 else f"({' | '.join(texts)})" if texts else ""
-
     def _write_automaton(self, dfa: Dfa, in_json: bool, name: str) -> None:
-        # A right-linear rule per state that more than one arc leads to; other states stand where they are used.
-        moves: list[dict[int, list[tuple[int, int]]]] = []
+        # A right-linear rule per state that more than one edge leads to; other states stand where they are used. A loop over plain characters is a
+        # star, and escapes are edges of their own: xgrammar computes masks of this shape several times faster than of (class | escape)*.
+        edges: list[list[tuple[str, int]]] = []
+        loops: list[str] = []
         entries = [0] * len(dfa.arcs)
-        entries[0] += 2
-        for arcs in dfa.arcs:
+        entries[0] = 2
+        for state, arcs in enumerate(dfa.arcs):
             grouped: dict[int, list[tuple[int, int]]] = {}
             for lo, hi, target in arcs:
                 grouped.setdefault(target, []).append((lo, hi))
-            moves.append(grouped)
-        for state, grouped in enumerate(moves):
-            for target in grouped:
-                if target != state:
-                    entries[target] += 1
+            here: list[tuple[str, int]] = []
+            loop = ""
+            for target, ranges in grouped.items():
+                raw, escapes = json_char(ranges) if in_json else (ranges, [])
+                if raw and target == state:
+                    loop = _brackets(raw) + "*"  # not a literal, which `_joined` would lengthen
+                elif raw:
+                    here.append((_class(raw), target))
+                if escapes:
+                    here.append((_escapes(escapes), target))
+            for _, target in here:
+                entries[target] += 1
+            edges.append(here)
+            loops.append(loop)
         end = r'"\""' if in_json else '""'
         bodies: dict[int, str] = {}
-
-        def reference(state: int) -> str:
-            return bodies[state] if entries[state] < 2 else f"{name}s{state}"
-
-        # Single-entry states are written before the states that lead to them.
+        # States in post-order: one that stands in another's body is written before it.
         order: list[int] = []
         seen: set[int] = set()
         stack = [(0, False)]
@@ -159,27 +164,32 @@ class EbnfWriter:
             elif state not in seen:
                 seen.add(state)
                 stack.append((state, True))
-                stack.extend((target, False) for target in moves[state] if target not in seen)
+                stack.extend((target, False) for _, target in edges[state] if target not in seen)
         for state in order:
-            rows = []
-            loop = ""
-            for target, ranges in moves[state].items():
-                chars = self._chars(ranges, in_json)
-                if target == state:
-                    loop = f"{chars}*"
-                else:
-                    following = reference(target)
-                    rows.append(f"{chars} {following}".strip())
+            rows = [_joined(text, bodies[target] if entries[target] < 2 else f"{name}s{target}") for text, target in edges[state]]
             if state in dfa.accepting:
                 rows.append(end)
-            body = rows[0] if len(rows) == 1 else " | ".join(rows)
-            if loop:
-                body = f"{loop} ({body})" if len(rows) > 1 else f"{loop} {body}"
-            elif len(rows) > 1 and entries[state] < 2:
+            body = " | ".join(rows)
+            if len(rows) > 1 and (loops[state] or entries[state] < 2):
                 body = f"({body})"
-            bodies[state] = body
+            bodies[state] = _joined(loops[state], body) if loops[state] else body
             if entries[state] >= 2:
-                prefix = r'"\"" ' if in_json and state == 0 else ""
-                if state == 0:
-                    self._lines[name] = f"{prefix}{name}s0"
-                self._lines[f"{name}s{state}"] = body
+                self._lines[f"{name}s{state}"] = bodies[state]
+        self._lines[name] = r'"\"" ' + f"{name}s0" if in_json else f"{name}s0"
+
+
+def _escapes(texts: Sequence[str]) -> str:
+    """Edge text of JSON escapes; the short ones differ in their second character only."""
+    short = [text[1] for text in texts if len(text) == 2]
+    if len(short) < 2:
+        return literal(texts[0]) if len(texts) == 1 else f"({' | '.join(literal(text) for text in texts)})"
+    joined = r'"\\" ' + _class([(ord(char), ord(char)) for char in sorted(short)])
+    rest = [literal(text) for text in texts if len(text) > 2]
+    return joined if not rest else f"({' | '.join([joined, *rest])})"
+
+
+def _joined(text: str, following: str) -> str:
+    # Neighbouring literals become one; a longer rule costs more than a longer text.
+    if text.endswith('"') and following.startswith('"') and following != '""' and not text.endswith('\\""'):
+        return text[:-1] + following[1:]
+    return text if following == '""' else f"{text} {following}"

@@ -16,7 +16,8 @@ _OFFSET = r"(?:Z|[+-](?:[01][0-9]|2[0-3]):[0-5][0-9])"
 _OCTET = r"(?:25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])"
 _IPV4 = rf"{_OCTET}(?:\.{_OCTET}){{3}}"
 _H = r"[0-9a-fA-F]{1,4}"
-_LABEL = r"[a-zA-Z0-9](?:[a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?"
+# A label may have 63 characters and a name 253; counting them makes hundreds of states, each of which costs an engine a pass over its vocabulary.
+_LABEL = r"[a-zA-Z0-9](?:[a-zA-Z0-9-]{0,22}[a-zA-Z0-9])?"
 _ATOM = r"[a-zA-Z0-9!#$%&'*+/=?^_`{|}~-]+"
 _PCT = r"%[0-9a-fA-F]{2}"
 _PCHAR = rf"(?:[a-zA-Z0-9._~!$&'()*+,;=:@-]|{_PCT})"
@@ -49,9 +50,9 @@ _PATTERNS = {
     "uuid": r"[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{12}",
     "ipv4": _IPV4,
     "ipv6": _ipv6(),
-    "email": rf"{_ATOM}(?:\.{_ATOM})*@{_LABEL}(?:\.{_LABEL})*",
-    # Whole length at most 253 is kept by an intersection below; top labels of digits only would read as addresses.
-    "hostname": rf"(?:{_LABEL}\.)*[a-zA-Z](?:[a-zA-Z0-9-]{{0,61}}[a-zA-Z0-9])?",
+    "email": rf"{_ATOM}(?:\.{_ATOM})*@[a-zA-Z0-9]+(?:[.-][a-zA-Z0-9]+)*",
+    # A top label of digits only would read as an address.
+    "hostname": rf"(?:{_LABEL}\.){{0,4}}[a-zA-Z](?:[a-zA-Z0-9-]{{0,14}}[a-zA-Z0-9])?",
     "uri": _URI,
     "uri-reference": rf"(?:{_URI}|{_RELATIVE})",
     "iri": _URI,
@@ -73,5 +74,3 @@ def automaton(name: str) -> Dfa | None:
         found = found - whole(r"(?:[^]*\.)?..--[^]*".replace("[^]", r"[\s\S]"))
     return found
 
-
-__all__ = ["KNOWN", "automaton"]

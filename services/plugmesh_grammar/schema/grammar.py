@@ -63,7 +63,7 @@ class Space:
     """Optional whitespace, as the grammar's policy says."""
 
 
-Part = Union[Text, Ref, Seq, Alt, Repeat, Regular, FreeString, FreeNumber, Space]
+Part = Union[Text, Ref, Seq, Alt, Repeat, Regular, FreeString, FreeNumber, Space]  # noqa: UP007  (the names are strings still)
 NEVER = Alt(())
 SPACE = Space()
 

@@ -6,6 +6,7 @@ from collections import deque
 
 from . import numbers, patterns
 from .arrays import array_part
+from .automata import ANY, Dfa
 from .grammar import NEVER, Alt, FreeNumber, FreeString, Grammar, Part, Ref, Regular, Text, alt
 from .normal import Normaliser
 from .objects import object_part
@@ -50,7 +51,7 @@ class Lowering:
             parts += [array_part(self, record, f"{name}a{i}") for i, record in enumerate(values.arrays)]
         strings = values.strings
         if not strings.is_empty:
-            parts.append(FreeString(strings.least, strings.most) if strings.dfa is patterns.ANY else Regular(strings.settled(), True))
+            parts.append(FreeString(strings.least, strings.most) if strings.dfa is ANY else Regular(strings.settled(), True))
         if not values.numbers.is_empty:
             parts.append(number_part(values.numbers))
         if values.booleans:
@@ -60,7 +61,7 @@ class Lowering:
         return alt(*parts) if parts else Alt(())
 
 
-def number_part(found: numbers.Dfa) -> Part:
+def number_part(found: Dfa) -> Part:
     if found is numbers.NUMBERS:
         return FreeNumber()
     # Whole numbers are written 3 or 3.0; 3.00 says no more.

@@ -10,8 +10,8 @@ from typing import Any
 from plugmesh.errors import LimitExceeded, UnsupportedGrammar
 
 from . import automata, formats, numbers, patterns
-from .automata import ANY, EMPTY, Dfa
-from .documents import Document, Node, refused
+from .automata import ANY, Dfa
+from .documents import Document, Node, escape, refused
 from .limits import SchemaLimits
 from .unevaluated import Evaluations
 from .values import (
@@ -65,8 +65,6 @@ class Normaliser:
         return ("node", node.path, scope)
 
     def child(self, node: Node, scope: tuple[tuple[str, str], ...], *path: str | int) -> Expr:
-        from .documents import escape
-
         return self.expr(self.document.node("/".join([node.path, *(escape(str(part)) for part in path)])), scope)
 
     def target(self, node: Node, scope: tuple[tuple[str, str], ...], keyword: str) -> Expr:
@@ -175,7 +173,7 @@ class Normaliser:
             return False  # told where it is needed
         result = (
             not value.null and not value.booleans and value.numbers.is_empty and value.strings.is_empty
-            and all(self._is_record_empty(r, depth + 1) for r in (*value.arrays, *value.objects))
+            and all(self._is_record_empty(r, depth + 1) for r in value.arrays) and all(self._is_record_empty(r, depth + 1) for r in value.objects)
         )  # fmt: skip
         self._empty[expr] = result
         return result
@@ -223,14 +221,9 @@ class Normaliser:
             if keyword in schema:
                 try:
                     result = self.intersection(result, handle(self, node, scope, schema[keyword]))
-                except patterns.PatternError as error:
-                    raise refused(str(error), keyword, node.path) from None
                 except ValueError as error:
                     raise refused(str(error), keyword, node.path) from None
         return result
-
-    def restrict(self, node: Node, scope: Any) -> Callable[..., Expr]:
-        return lambda *path: self.child(node, scope, *path)
 
 
 def _contains(a: Any, b: Any) -> bool:
@@ -534,4 +527,3 @@ _KEYWORDS: dict[str, Callable[..., Values]] = {
     "unevaluatedProperties": _unevaluated("unevaluatedProperties"),
 }
 KEYWORDS = tuple(_KEYWORDS)
-__all__ = ["EMPTY", "KEYWORDS", "Normaliser"]

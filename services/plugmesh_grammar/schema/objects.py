@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections import deque
 from itertools import combinations
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from plugmesh.errors import LimitExceeded
 
 from .automata import ANY, Dfa, words
 from .documents import refused
-from .grammar import NEVER, SPACE, Part, Ref, Regular, Text, alt, seq
+from .grammar import NEVER, SPACE, FreeString, Part, Ref, Regular, Text, alt, seq
 from .values import FALSE, Expr, Objects, both
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ _MAX_NAMES = 2000
 _MAX_CLASSES = 64
 _MAX_STATES = 600
 # (next declared name or set of written ones, members counted, free members seen, conditions met)
-_State = tuple[object, int, bool, frozenset[int]]
+_State = tuple[Any, int, bool, frozenset[int]]
 
 
 def object_part(low: Lowering, record: Objects, prefix: str) -> Part:
@@ -29,8 +30,8 @@ def object_part(low: Lowering, record: Objects, prefix: str) -> Part:
     # 1. Names that are spoken of one by one, and classes of all the others that are treated alike.
     singles: dict[Dfa, str] = {}
     for names, _ in (*record.every, *record.some):
-        if names not in singles and len(names.arcs) <= 300 and names.finite(1) is not None:
-            singles[names] = names.finite(1)[0]  # type: ignore[index]
+        if names not in singles and len(names.arcs) <= 300 and (single := names.finite(1)):
+            singles[names] = single[0]
     declared = sorted(set(singles.values()), key=lambda name: (n.document.order.get(name, 10**9), name))
     if len(declared) > _MAX_NAMES:
         raise LimitExceeded(f"an object of {len(declared)} declared properties; the limit is {_MAX_NAMES}")
@@ -94,28 +95,28 @@ def object_part(low: Lowering, record: Objects, prefix: str) -> Part:
             return out
         for index, name in enumerate(possible):
             if any_order:
-                if name in place:  # type: ignore[operator]
+                if name in place:
                     continue
-                following: object = place | {name}  # type: ignore[operator]
+                following: Any = place | {name}
             else:
-                if index < place:  # type: ignore[operator]
+                if index < place:
                     continue
-                if any(other in required for other in possible[place:index]):  # type: ignore[misc]
+                if any(other in required for other in possible[place:index]):
                     break
                 following = index + 1
-            for extra, now in _meeting(conditions, met, lambda names, name=name: names.accepts(name)):  # type: ignore[misc]
+            for extra, now in _meeting(conditions, met, lambda names, name=name: names.accepts(name)):
                 value = low.value(both(named[name], *extra))
                 out.append((Text(quoted(name)), value, (following, min(after, cap + 1), seen_free, now)))
-        if any_order or not any(name in required for name in possible[place:]):  # type: ignore[misc]
+        if any_order or not any(name in required for name in possible[place:]):
             following = place if any_order else len(possible)
             # Towards the most every free member counts, towards the least only the first.
             step = min(after, cap + 1) if most is not None or not seen_free else count
             for names, part in free:
-                for extra, now in _meeting(conditions, met, lambda over, names=names: covers(over, names)):  # type: ignore[misc]
+                for extra, now in _meeting(conditions, met, lambda over, names=names: covers(over, names)):
                     # A later member of the same name would replace the one that met a condition; so it has to meet it too.
                     again = [wanted for i, (over, wanted) in enumerate(conditions) if i in met and not (over & names).is_empty]
                     value = low.value(both(part, *extra, *again))
-                    out.append((Regular(names, True) if names is not ANY else low_free_name(), value, (following, step, True, now)))
+                    out.append((Regular(names, True) if names is not ANY else FreeString(), value, (following, step, True, now)))
         return out
 
     if most is not None and least > 1 and free:
@@ -126,8 +127,8 @@ def object_part(low: Lowering, record: Objects, prefix: str) -> Part:
         if met != every or count < least:
             return False
         if any_order:
-            return all(name in place for name in required)  # type: ignore[operator]
-        return not any(name in required for name in possible[place:])  # type: ignore[misc]
+            return all(name in place for name in required)
+        return not any(name in required for name in possible[place:])
 
     start: _State = (frozenset() if any_order else 0, 0, False, frozenset())
     tails: dict[_State, str] = {}
@@ -165,14 +166,6 @@ def _meeting(conditions, met, applies):  # type: ignore[no-untyped-def]
             yield [conditions[i][1] for i in chosen], met | frozenset(chosen)
 
 
-def low_free_name() -> Part:
-    from .grammar import FreeString
-
-    return FreeString()
-
-
 def quoted(text: str) -> str:
     """A JSON string with only the escapes that JSON asks for."""
-    import json
-
     return json.dumps(text, ensure_ascii=False)

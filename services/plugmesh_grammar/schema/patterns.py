@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import unicodedata
 from functools import lru_cache
+from itertools import pairwise
 
 from plugmesh.errors import LimitExceeded
 
@@ -118,7 +119,8 @@ class _Parser:
 
     def quantified(self, depth: int) -> _Node:
         node = self.atom(depth)
-        least, most = 1, 1
+        least: int = 1
+        most: int | None = 1
         if self.take("*"):
             least, most = 0, None
         elif self.take("+"):
@@ -396,7 +398,7 @@ def compile_node(node: _Node) -> Dfa:
             opening.setdefault(lo, []).append(target)
             closing.setdefault(hi + 1, []).append(target)
         current: dict[int, int] = {}
-        for lo, after in zip(points, points[1:], strict=False):
+        for lo, after in pairwise(points):
             for target in closing.get(lo, ()):
                 current[target] -= 1
                 if not current[target]:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from plugmesh.errors import LimitExceeded
 
-from . import automata
 from .automata import ANY, EMPTY, Dfa
 from .documents import Node
 from .values import ALL, FALSE, TRUE, Arrays, Expr, Objects, Values, both, either, negation
@@ -146,5 +145,3 @@ class Evaluations:
                     meet([Case(negation(has)), *(replace(c, condition=both(has, c.condition)) for c in inside)])
         return found
 
-
-__all__ = ["Case", "Evaluations", "automata"]

@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Any
 
+from plugmesh.errors import LimitExceeded
+
 from . import automata, numbers
 from .automata import ANY, EMPTY, Dfa
 
@@ -76,7 +78,7 @@ class Strings:
         finite = longest if longest is not None else None
         most = self.most if finite is None or (self.most is not None and self.most < finite) else None
         if max(self.least, most or 0) > automata.MAX_STATES:
-            raise numbers_limit()
+            raise LimitExceeded(f"a string length above {automata.MAX_STATES} together with another constraint on the string")
         return self.dfa & automata.of_length(self.least, most)
 
     def __and__(self, other: Strings) -> Strings:
@@ -101,12 +103,6 @@ class Strings:
         if self.dfa is ANY or self.dfa.is_empty:
             return self.dfa.is_empty or (self.most is not None and self.most < self.least)
         return self.settled().is_empty
-
-
-def numbers_limit() -> Exception:
-    from plugmesh.errors import LimitExceeded
-
-    return LimitExceeded(f"a string length above {automata.MAX_STATES} together with another constraint on the string")
 
 
 @dataclass(frozen=True, slots=True)
