@@ -1,7 +1,7 @@
 """Hit ratios of S3-FIFO against least recently used: `python -m plugmesh_aibrix_kv.bench [--blocks 512] [--requests 20000] [--json FILE]`.
 
 Every workload runs through a real block store (the kvstore's core, with its arena, pins and eviction, without network), once per order, from the same
-seeds. Hit ratio: blocks found of blocks asked for, prefixes only, from a cold start. Time: per block asked for, the store's own work included, medians
+seeds. Hit ratio: blocks found of blocks asked for, prefixes only, from a cold start. Time: of the processor, per block asked for, the store's own work included, medians
 over the seeds; the rest is counted, not timed, and is the same on any machine.
 """
 

@@ -44,7 +44,7 @@ def zipf_and_scan(capacity: int, num: int, seed: int) -> Iterator[Request]:
 
 
 def systems(capacity: int, num: int, seed: int) -> Iterator[Request]:
-    """Chat requests: 20 system prompts of 8 blocks by Zipf, and behind each a text of 8 blocks that nobody sends again."""
+    """Chat requests: capacity / 10 system prompts, 20 at least, of 8 blocks by Zipf, and behind each a text of 8 blocks that nobody sends again."""
     rng = np.random.default_rng(seed)
     yield from (chain("system", i, length=8) + chain("user", n, length=8) for n, i in enumerate(ranks(rng, max(20, capacity // 10), num, 0.8)))
 

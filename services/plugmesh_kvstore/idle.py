@@ -17,9 +17,9 @@ from plugmesh_kvstore.blocks import Block
 
 log = structlog.get_logger()
 
-LATE_S = 0.05      # a call longer than this is late: the event loop stood still meanwhile
-MAX_LATE = 5       # so many late calls ...
-LATE_WITHIN_S = 60 # ... within this time end the order
+LATE_S = 0.05   # a call longer than this is late: the event loop stood still meanwhile
+MAX_LATE = 5    # so many late calls of a method end the order ...
+FORGIVEN = 20   # ... but so many in time make up for one: a busy machine interrupts any call, and slow code is slow nearly always
 FIRST_PIECE = 64
 
 
@@ -45,7 +45,7 @@ class IdleBlocks:
         self._name = record.name if record is not None else ""
         self._order: EvictionOrder | None = record.build(context) if record is not None else None
         self._told: dict[bytes, Block] = {}  # blocks that the order was given and that have not left, idle or busy
-        self._late: collections.deque[float] = collections.deque(maxlen=MAX_LATE)
+        self._late: dict[str, float] = {}    # method to late calls not made up for
         self._on_dropped = on_dropped
 
     def __contains__(self, block: Block) -> bool:
@@ -142,13 +142,17 @@ class IdleBlocks:
         except (Exception, SystemExit) as e:
             self._drop(method, "hangs" if isinstance(e, Hung) else f"raised {type(e).__name__}")
             return None
-        now = time.monotonic()
-        if now - began > LATE_S:
-            self._late.append(now)
-            if len(self._late) == MAX_LATE and now - self._late[0] < LATE_WITHIN_S:
-                self._drop(method, "is late again and again")
-                return None
+        is_late = time.monotonic() - began > LATE_S
+        if (is_late or self._late) and self._is_slow(method, is_late):
+            self._drop(method, "is late again and again")
+            return None
         return answer
+
+    def _is_slow(self, method: str, is_late: bool) -> bool:
+        late = self._late.pop(method, 0.0) + (1.0 if is_late else -1.0 / FORGIVEN)
+        if late > 0:
+            self._late[method] = late
+        return late >= MAX_LATE
 
     def _drop(self, method: str, reason: str) -> None:
         if self._order is None:

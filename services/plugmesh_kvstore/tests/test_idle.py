@@ -334,10 +334,16 @@ def test_an_order_that_is_late_again_and_again_is_dropped(monkeypatch, traffic):
 
 
 def test_one_that_is_late_now_and_then_stays(monkeypatch, traffic):
-    monkeypatch.setattr(idle_module, "LATE_S", 0.001)
-    monkeypatch.setattr(idle_module, "LATE_WITHIN_S", 0.0)
-    t = traffic(EvictionRecord("slow", odd("victim", lambda self: time.sleep(0.003) or FirstInFirstOut.victim(self))))
-    for i in range(20):
+    """A busy machine delays any code; here every 25th call."""
+    monkeypatch.setattr(idle_module, "LATE_S", 0.004)
+
+    def victim(self):
+        if self.num_odd % 25 == 24:
+            time.sleep(0.006)
+        return FirstInFirstOut.victim(self)
+
+    t = traffic(EvictionRecord("slow", odd("victim", victim)))
+    for i in range(8 + 25 * 3 * idle_module.MAX_LATE):
         t.insert(i)
 
     assert t.store.counters.orders_dropped == 0
