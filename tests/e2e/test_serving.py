@@ -138,6 +138,19 @@ def test_a_long_prompt_is_prefilled_remotely_while_others_decode_and_gives_the_s
     assert alone.usage.prompt_tokens_details.cached_tokens > 0
 
 
+def test_a_schema_and_a_tool_are_obeyed(client):
+    answer = chat(client, "Is water wet?", temperature=1.0, response_format={"type": "json_schema", "json_schema": {"name": "answer", "schema": {
+        "type": "object", "properties": {"wet": {"type": "boolean"}}, "required": ["wet"], "additionalProperties": False}}})
+    named = {"type": "function", "function": {"name": "set_level"}}
+    call = chat(client, "Set the level to three.", temperature=1.0, tool_choice=named, tools=[{"type": "function", "function": {
+        "name": "set_level", "parameters": {"properties": {"level": {"type": "integer", "minimum": 1, "maximum": 5}}, "required": ["level"], "additionalProperties": False}}}])
+
+    assert json.loads(answer.choices[0].message.content)["wet"] in (True, False)
+    (made,) = call.choices[0].message.tool_calls
+    assert "set_level" == made.function.name
+    assert 1 <= json.loads(made.function.arguments)["level"] <= 5
+
+
 def test_models_health_and_metrics_answer(mesh, client):
     ids = [m.id for m in client.models.list().data]
     raw = psutil.Process(mesh.supervisor_pid)

@@ -14,7 +14,7 @@ import pytest
 from plugmesh import models
 from plugmesh.testing.cluster import running
 
-pytestmark = [pytest.mark.nats, pytest.mark.model, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.nats, pytest.mark.model, pytest.mark.slow, pytest.mark.timeout(600)]  # test_serving.py has a short one for every run
 
 
 class Address(pydantic.BaseModel):
@@ -53,7 +53,7 @@ def client(tmp_path_factory):
         pytest.skip("the default model is not here; plugmesh pull smollm2 fetches it")
     config = {"services": {"decode": {"num_kv_blocks": 256}, "prefill": {"num_kv_blocks": 256}}}
     with running(tmp_path_factory.mktemp("mesh"), config) as cluster, openai.OpenAI(
-        base_url=cluster.base_url, api_key="none", max_retries=0, timeout=120) as c:
+        base_url=cluster.base_url, api_key="none", max_retries=0, timeout=300) as c:
         yield c
 
 
@@ -80,7 +80,7 @@ def test_the_stream_helper_parses_what_came(client):
 def test_json_object_is_json(client):
     reply = client.chat.completions.create(
         model="smollm2", messages=[{"role": "user", "content": "Give me a small JSON object."}], response_format={"type": "json_object"}, temperature=0,
-        max_tokens=300)
+        max_tokens=64)
 
     content = reply.choices[0].message.content
     assert content.startswith("{")
