@@ -160,6 +160,7 @@ async def test_all_calls(store, tiny):
 
         assert (tiny.hash, tiny.vocab_size, 1, [2], True) == (
             described.tokenizer_hash, described.vocab_size, described.bos_token_id, list(described.eos_token_ids), described.has_chat_template)
+        assert tiny.chat_templates[""] == described.chat_template
         assert tiny.special_tokens == dict(described.special_tokens)
         assert Encoder(tiny).encode("abc<|im_end|>", allow_special=False, add_special_tokens=True) == list(plain.token_ids)
         assert [260, 2] == list(special.token_ids)
