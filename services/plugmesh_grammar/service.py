@@ -10,7 +10,7 @@ from typing import Any
 
 import structlog
 
-from plugmesh import wire
+from plugmesh import cards, wire
 from plugmesh.errors import (
     AlreadyExists,
     InternalError,
@@ -22,7 +22,6 @@ from plugmesh.errors import (
     PlugmeshError,
     Unavailable,
 )
-from plugmesh.grammar import engines
 from plugmesh.grammar.client import info_to_pb
 from plugmesh.mesh.api import Binding, ServiceContext
 from plugmesh.records import GrammarEngineRecord
@@ -96,8 +95,8 @@ class GrammarService:
         if self.catalogue is not None:
             await asyncio.to_thread(self.catalogue.open)
         self._default = await self.vocabularies.start(names)
-        for slug in engines.DEFAULT_ENGINES:
-            if "plugins" not in self._context.config.services.get("grammar", {}) and (missing := engines.left_out(slug)):
+        for slug in cards.DEFAULT_ENGINES:
+            if "plugins" not in self._context.config.services.get("grammar", {}) and (missing := cards.left_out(slug)):
                 log.info("grammar.engine_left_out", engine=slug, not_installed=missing)
         if self.records:
             await self.pool.start(self._default.vocabulary, self._default.packed)

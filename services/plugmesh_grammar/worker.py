@@ -47,7 +47,8 @@ class Worker:
     """Answers one request at a time."""
 
     def __init__(self, config: MeshConfig, *, memory_bytes: int) -> None:
-        self._records: list[GrammarEngineRecord] = PluginHost.load(config.loaded_slugs("grammar"), config, service="grammar").records("grammar_engines")
+        host = PluginHost.load(config.plugin_slugs("grammar"), config, service="grammar")
+        self._records: list[GrammarEngineRecord] = host.records("grammar_engines")
         self._memory_bytes = memory_bytes
         self._vocabularies: dict[str, GrammarVocabulary] = {}
         self._engines: dict[str, dict[str, GrammarEngine]] = {}  # by tokenizer hash, then in the order in which they are tried

@@ -153,6 +153,32 @@ AGREEING_HOOKS = {"register_kv_codecs": ("prefill", "decode")}
 WEIGHT_FORMAT_USERS = ("prefill", "decode")
 
 
+DEFAULT_ENGINES = ("xgrammar", "llguidance")  # of the grammar service, in the order in which they are tried
+
+
+def loaded_slugs(config: MeshConfig, service: str) -> list[str]:
+    """Plugins that a process of this service loads: those that the configuration names for it, and the grammar engines.
+
+    `services.grammar.plugins` names the engines for the grammar service and, as far as their cards allow, for decode, where exported grammars are
+    matched. Without that key they are DEFAULT_ENGINES, as far as they are installed.
+    """
+    named = config.plugin_slugs(service)
+    table = config.services.get("grammar", {})
+    if service not in ("grammar", "decode") or (service == "decode" and table.get("replicas", 1) == 0):
+        return named
+    engines = list(table["plugins"]) if "plugins" in table else [slug for slug in DEFAULT_ENGINES if not left_out(slug)]
+    if service == "grammar":
+        return engines
+    return named + [slug for slug in engines if slug not in named and folder_of(slug) is not None and "decode" in read(slug).services]
+
+
+def left_out(slug: str) -> str:
+    """Which module of a plugin is not installed here: its own package, or one that it requires; empty when it can be loaded."""
+    if folder_of(slug) is None:
+        return package_of(slug)
+    return next((module for module in read(slug).requirements if not _can_import(module)), "")
+
+
 def check_service(service: str, slugs: Sequence[str], cards: Mapping[str, Card], *, at: Callable[[str], str] | None = None, device: str = "") -> None:
     """Conflicts among the plugins that one process loads.
 
@@ -196,7 +222,7 @@ def check_mesh(config: MeshConfig) -> dict[str, Card]:
     cards: dict[str, Card] = {}
     users: dict[str, list[str]] = {}
     for service in dict.fromkeys([*config.services, "grammar", "decode"]):  # the two have grammar engines without being told
-        slugs = config.loaded_slugs(service)
+        slugs = loaded_slugs(config, service)
         for slug in slugs:
             if slug not in cards:
                 cards[slug] = read(slug, where=config.at(f"services.{service}.plugins", slug))
@@ -219,7 +245,8 @@ def check_mesh(config: MeshConfig) -> dict[str, Card]:
     for slug in config.plugins:
         if slug not in cards:
             raise ConfigError(f"{config.at(f'plugins.{slug}')} configures a plugin that no service loads", plugin=slug)
-    return cards
+    named = {slug for service in config.services for slug in config.plugin_slugs(service)}
+    return {slug: card for slug, card in cards.items() if slug in named}
 
 
 def _can_import(module: str) -> bool:

@@ -113,14 +113,6 @@ class MeshConfig(StrictModel):
         """Plugins that the configuration names for this service, in order."""
         return list(self.services.get(service, {}).get("plugins", []))
 
-    def loaded_slugs(self, service: str) -> list[str]:
-        """Plugins that a process of this service loads: besides those named for it, in grammar and decode, the grammar engines."""
-        from plugmesh.grammar import engines  # it reads cards, which read configurations
-
-        if service == "grammar":
-            return engines.engine_slugs(self)
-        return self.plugin_slugs(service) + (engines.slugs_for_decode(self) if service == "decode" else [])
-
 
 def load(path: pathlib.Path | str | None = None, environ: Mapping[str, str] | None = None, overrides: Mapping[str, Any] | None = None) -> MeshConfig:
     """Reads `path` (or ./mesh.toml when it exists, or nothing), then the environment, then `overrides`.

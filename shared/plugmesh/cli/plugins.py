@@ -17,15 +17,16 @@ def run_plugins(slug: str = "", *, as_json: bool, config: pathlib.Path | None) -
     """Raises ConfigError when the configuration names plugins that do not fit together, or there is no plugin `slug`."""
     settings = configuration.load(config)
     cards.check_mesh(settings)
+    services = list(dict.fromkeys([*settings.services, "grammar", "decode"]))  # the two have grammar engines without being told
     if slug:
         card = cards.read(slug, where="plugmesh plugins")
-        users = [s for s in settings.services if slug in settings.plugin_slugs(s)]
+        users = [s for s in services if slug in cards.loaded_slugs(settings, s)]
         _print_one(card, users, as_json=as_json)
         return
     installed = cards.installed()
     loaded: dict[str, list[str]] = {s: [] for s in installed}
-    for service in settings.services:
-        for name in settings.plugin_slugs(service):
+    for service in services:
+        for name in cards.loaded_slugs(settings, service):
             loaded.setdefault(name, []).append(service)
     if as_json:
         output.print_json([{**cards.as_row(card), "loaded_in": loaded[name]} for name, card in installed.items()])

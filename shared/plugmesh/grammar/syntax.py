@@ -142,8 +142,10 @@ def _gbnf(node: Node, names: Mapping[str, str]) -> str:
         return " ".join(_gbnf(i, names) for i in node.items) or '""'
     if isinstance(node, Alt):
         return "(" + " | ".join(_gbnf(i, names) for i in node.items) + ")"
-    most = "" if node.most is None else node.most
-    return f"({_gbnf(node.item, names)}){{{node.least},{most}}}"
+    item = _gbnf(node.item, names)
+    item = item if isinstance(node.item, Chars | Ref) else f"({item})"
+    sign = {(0, 1): "?", (0, None): "*", (1, None): "+"}.get((node.least, node.most))  # xgrammar masks these faster than the same as counts
+    return item + (sign or f"{{{node.least},{'' if node.most is None else node.most}}}")
 
 
 def _gbnf_char(c: int) -> str:

@@ -29,8 +29,8 @@ from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
+from plugmesh import cards, logs
 from plugmesh import config as configuration
-from plugmesh import logs
 from plugmesh.config import MeshConfig, ServiceSettings
 from plugmesh.errors import ConfigError, PlugmeshError, Unavailable
 from plugmesh.host import PluginHost
@@ -159,7 +159,7 @@ class Instance:
         TRACING.configure(mesh_settings.otlp_endpoint, service=self.role, instance=instance_id)
         log.info("service.starting", pid=os.getpid(), config=_public(self.config, self.role))
         create = self._create or _import(f"plugmesh_{self.role}.service").create
-        self.plugins = PluginHost.load(self.config.loaded_slugs(self.role), self.config, service=self.role)
+        self.plugins = PluginHost.load(cards.loaded_slugs(self.config, self.role), self.config, service=self.role)
         mesh = self.mesh = await RealMesh.connect(self.config, self.role, instance_id=instance_id)
         self.registry.register(prometheus_client.ProcessCollector(registry=None))
         self.registry.register(_MeshCollector(mesh))  # type: ignore[arg-type]
@@ -274,7 +274,7 @@ def _public(config: MeshConfig, role: str) -> dict[str, Any]:
     """The resolved configuration for the log: the mesh's part and this service's; secrets are in files by construction."""
     return {
         "mesh": config.mesh.model_dump(mode="json"), "service": config.services.get(role, {}),
-        "plugins": {slug: config.plugins.get(slug, {}) for slug in config.loaded_slugs(role)},
+        "plugins": {slug: config.plugins.get(slug, {}) for slug in cards.loaded_slugs(config, role)},
     }
 
 

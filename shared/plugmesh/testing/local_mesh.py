@@ -23,7 +23,7 @@ from typing import Any
 import grpc.aio
 import prometheus_client
 
-from plugmesh import __version__
+from plugmesh import __version__, cards
 from plugmesh.config import MeshConfig, ServiceSettings
 from plugmesh.errors import NotFound, Overloaded, PayloadTooLarge, Unavailable
 from plugmesh.host import PluginHost
@@ -194,7 +194,7 @@ class LocalMesh(LocalView):
         view = LocalView(self._shared, _info(role, instance_id, address), carrier, watch, direct, direct_watch)
         registry = prometheus_client.CollectorRegistry()
         if plugins is None:
-            plugins = PluginHost.load(config.loaded_slugs(role), config, service=role)
+            plugins = PluginHost.load(cards.loaded_slugs(config, role), config, service=role)
         service = create(ServiceContext(role, view, config, settings if settings is not None else ServiceSettings(), plugins, registry))
         watch.start()
         direct_watch.start()
