@@ -14,6 +14,7 @@ from . import automata
 from .documents import Document
 from .ebnf import EbnfWriter
 from .grammar import Grammar, Part, Regular
+from .lark import LarkWriter
 from .limits import SchemaLimits
 from .lowering import Lowering
 from .normal import KEYWORDS, Normaliser
@@ -65,7 +66,7 @@ def lower(spec: GrammarSpec, *, limits: SchemaLimits | None = None) -> Lowered:
     flexible = spec.whitespace != "compact"
     try:
         if spec.kind == "json_object":
-            return Lowered((Candidate("ebnf", _schema_ebnf({"type": "object"}, limits, flexible)),))
+            return Lowered(_written(schema_grammar({"type": "object"}, limits), flexible))
         if spec.kind == "json_schema":
             return _schema(parse(spec.source, limits), limits, flexible, spec.relaxed)
         if spec.kind == "choice":
@@ -156,15 +157,18 @@ def _culprit(schema: Any, limits: SchemaLimits) -> str:
     return next((keyword for keyword in KEYWORDS if keyword in schema), "")
 
 
-def _schema_ebnf(schema: Any, limits: SchemaLimits, flexible: bool) -> str:
-    return EbnfWriter(schema_grammar(schema, limits), flexible=flexible).write()
+def _written(grammar: Grammar, flexible: bool) -> tuple[Candidate, ...]:
+    # llguidance also takes GBNF, but whole strings and numbers as lexemes are faster.
+    lark = LarkWriter(grammar, flexible=flexible).write()
+    candidates = [Candidate("lark", lark)] if lark else []
+    return Candidate("ebnf", EbnfWriter(grammar, flexible=flexible).write()), *candidates
 
 
 def _schema(schema: Any, limits: SchemaLimits, flexible: bool, relaxed: bool) -> Lowered:
     dropped: list[Unenforced] = []
     while True:
         try:
-            return Lowered((Candidate("ebnf", _schema_ebnf(schema, limits, flexible)),), tuple(dropped))
+            return Lowered(_written(schema_grammar(schema, limits), flexible), tuple(dropped))
         except UnsupportedGrammar as error:
             keyword, path = error.fields.get("keyword", ""), error.fields.get("path", "")
             without = _without(schema, path) if relaxed and keyword and len(dropped) < _MAX_RELAXED else None
