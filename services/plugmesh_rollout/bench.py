@@ -55,7 +55,7 @@ def run(python: str, system: str, address: str, topic: str, size: int, num_rows:
     """One run; raises RuntimeError when rows are missing or doubled, or it takes too long."""
     base = {"address": address, "topic": topic, "size": size, "batch": batch}
     each = num_rows // PRODUCERS
-    jobs = [("produce", {**base, "first": k * each, "end": (k + 1) * each}) for k in range(PRODUCERS)]
+    jobs: list[tuple[str, dict[str, Any]]] = [("produce", {**base, "first": k * each, "end": (k + 1) * each}) for k in range(PRODUCERS)]
     jobs += [("consume", {**base, "task": task}) for task in TASKS for _ in range(CONSUMERS)]
     workers: list[tuple[str, subprocess.Popen[str]]] = []
     try:

@@ -69,10 +69,10 @@ async def plugmesh(kind: str, a: dict[str, Any]) -> None:
 
 
 def transferqueue(kind: str, a: dict[str, Any]) -> None:
-    import ray
+    import ray  # type: ignore[import-not-found]
     import torch
-    import transfer_queue
-    from tensordict import TensorDict
+    import transfer_queue  # type: ignore[import-not-found]
+    from tensordict import TensorDict  # type: ignore[import-not-found]
 
     torch.set_num_threads(1)
     ray.init(address=a["address"], log_to_driver=False, logging_level="ERROR")
@@ -100,13 +100,13 @@ def transferqueue(kind: str, a: dict[str, Any]) -> None:
 
 def transferqueue_head(a: dict[str, Any]) -> None:
     """The cluster, controller and storage units, until the input ends."""
-    import ray
-    import transfer_queue
-    from omegaconf import OmegaConf
+    import ray  # type: ignore[import-not-found]
+    import transfer_queue  # type: ignore[import-not-found]
+    from omegaconf import OmegaConf  # type: ignore[import-not-found]
 
     context = ray.init(num_cpus=8, log_to_driver=False, logging_level="ERROR", include_dashboard=False, object_store_memory=256 << 20)
     transfer_queue.init(OmegaConf.create({"controller": {"polling_mode": True}, "backend": {"SimpleStorage": {"num_data_storage_units": 2}}}))
-    print(context.address_info["address"], flush=True)
+    print(context.address_info["gcs_address"], flush=True)
     sys.stdin.readline()
     transfer_queue.close()
     ray.shutdown()

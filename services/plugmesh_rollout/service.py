@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import pathlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ import structlog
 
 from plugmesh.errors import InvalidRequest, NotFound, PlugmeshError, Unavailable
 from plugmesh.mesh.api import Binding, ServiceContext
+from plugmesh.records import RowView, SampleContext, Sampler, SamplerRecord
 from plugmesh_proto.v1 import rollout_pb2 as pb
 from plugmesh_proto.v1 import rollout_pb2_grpc
 from plugmesh_rollout.config import Settings
@@ -206,7 +208,8 @@ class RolloutService:
         """Raises ConfigError for a ledger in use or a plugin that fails, DataLoss for a ledger that is damaged."""
         s = self._settings
         self._context.plugins.register_builtin(CoreSamplers())
-        samplers = {record.name: record for record in self._context.plugins.records("samplers")}
+        core = {record.name for record in CoreSamplers().register_samplers()}
+        samplers = {r.name: r if r.name in core else self._guarded(r) for r in self._context.plugins.records("samplers")}
         saved = []
         if s.durability != "none":
             folder = (s.ledger_dir or pathlib.Path(self._context.config.mesh.data_dir) / "rollout").expanduser()
@@ -251,6 +254,15 @@ class RolloutService:
     def describe(self) -> dict[str, Any]:
         return {"roles": ("rollout",)}
 
+    def _guarded(self, record: SamplerRecord) -> SamplerRecord:
+        """A plugin's record whose samplers cannot hold up the event loop for ever, and whose errors name the plugin."""
+        guard = self._context.plugins.guard
+
+        def build(options: Mapping[str, Any]) -> Sampler:
+            return GuardedSampler(record.name, guard(record.name, record.build, options), guard)
+
+        return dataclasses.replace(record, build=build)
+
     def _on_change(self, opened: OpenTopic) -> None:
         self._changed[opened.topic.spec.name] = opened
         self._wake.set()
@@ -271,6 +283,24 @@ class RolloutService:
                 await self._context.mesh.publish(TOPIC, event_of(opened).SerializeToString())
             except PlugmeshError:
                 return  # the broker is away; `Watch` goes on
+
+
+class GuardedSampler:
+    """Another's sampler, called through `PluginHost.guard`."""
+
+    def __init__(self, name: str, inner: Sampler, guard: Callable[..., Any]) -> None:
+        self._name = name
+        self._inner = inner
+        self._guard = guard
+
+    def sample(self, ready: Sequence[RowView], batch_size: int, context: SampleContext) -> tuple[list[int], list[int]]:
+        answer: tuple[list[int], list[int]] = self._guard(self._name, self._inner.sample, ready, batch_size, context)
+        return answer
+
+    def forget(self, indexes: Sequence[int]) -> None:
+        forget = getattr(self._inner, "forget", None)
+        if forget is not None:
+            self._guard(self._name, forget, indexes)
 
 
 async def _forever(work: Callable[[], Awaitable[None]], every_s: float) -> None:

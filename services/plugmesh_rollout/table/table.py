@@ -90,10 +90,14 @@ class OpenTopic:
         self.advancing = False
 
     def _gone(self, task: str, indexes: Sequence[int]) -> None:
-        for (of, _, _), sampler in self.samplers.items():
+        for key, sampler in list(self.samplers.items()):
             forget = getattr(sampler, "forget", None)
-            if forget is not None and task in ("", of):
-                forget(indexes)
+            if forget is not None and task in ("", key[0]):
+                try:
+                    forget(indexes)
+                except Exception as e:  # rows have gone already; a sampler that cannot take that is built anew
+                    log.warning("rollout.sampler_failed", sampler=key[1], error=type(e).__name__)
+                    del self.samplers[key]
 
     def num_ready(self) -> dict[str, int]:
         """By task, of the set of fields that fewest rows have."""

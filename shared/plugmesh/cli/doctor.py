@@ -212,6 +212,7 @@ _PACKAGES = {
     "grammar": ("xgrammar", "llguidance", "sqlalchemy", "alembic", "tokenizers"),
     "weightstore": ("sqlalchemy", "alembic", "gguf", "safetensors", "numpy"),
     "kvstore": ("sqlalchemy", "numpy"),
+    "rollout": ("sqlalchemy", "numpy"),
     "all": ("grpcio", "nats-py", "protobuf"),
 }
 

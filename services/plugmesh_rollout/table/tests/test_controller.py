@@ -196,7 +196,7 @@ class Machine(RuleBasedStateMachine):
 
 
 TestMachine = Machine.TestCase
-TestMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestMachine.settings = settings(max_examples=30, stateful_step_count=40, deadline=None)
 
 
 def test_a_task_gets_a_row_once_it_has_the_fields_and_never_again() -> None:

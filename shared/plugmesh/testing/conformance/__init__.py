@@ -28,6 +28,7 @@ from plugmesh.testing.conformance.prefill_policy import PrefillPolicyConformance
 from plugmesh.testing.conformance.prompt_filter import PromptFilterConformance
 from plugmesh.testing.conformance.quality_metric import QualityMetricConformance
 from plugmesh.testing.conformance.router import RouterConformance
+from plugmesh.testing.conformance.sampler import SamplerConformance
 from plugmesh.testing.conformance.scheduler import SchedulerConformance
 from plugmesh.testing.conformance.strategy import StrategyConformance
 from plugmesh.testing.conformance.weight_format import WeightFormatConformance
@@ -36,7 +37,7 @@ from plugmesh.testing.conformance.workload import WorkloadConformance
 __all__ = [
     "AdmissionConformance", "CardConformance", "DraftConformance", "EvictionConformance", "GrammarEngineConformance", "KvCodecConformance",
     "KvHandOverConformance", "PrefillPolicyConformance", "PromptFilterConformance", "QualityMetricConformance", "RecordConformance",
-    "RouterConformance", "SchedulerConformance", "StrategyConformance", "WeightFormatConformance", "WorkloadConformance", "suites",
+    "RouterConformance", "SamplerConformance", "SchedulerConformance", "StrategyConformance", "WeightFormatConformance", "WorkloadConformance", "suites",
 ]  # fmt: skip
 
 
