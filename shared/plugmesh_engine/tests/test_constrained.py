@@ -14,7 +14,7 @@ from structlog.testing import capture_logs
 from plugmesh.errors import FailedPrecondition, GrammarTimeout, InternalError, InvalidRequest
 from plugmesh.types import FinishReason, SamplingParams
 from plugmesh_engine import Engine, EngineConfig, EngineRequest
-from plugmesh_engine.constrained import Constraint, Jumper
+from plugmesh_engine.constrained import Constraint, Grammars, Jumper
 from plugmesh_engine.testing import FakeModel, events_of, run_to_end, steps, tiny_config, tokens_of
 from plugmesh_engine.testing_grammar import (
     END,
@@ -176,6 +176,41 @@ def test_drafts_change_nothing(jump, temperature):
         check_clean(engine)
 
 
+def test_drafts_that_write_forced_text_otherwise_change_nothing():
+    """Such a draft is in the grammar, but what was computed behind it is not behind the tokens that were appended."""
+    grammar = compile_small(record(firstname=WORD, occupation=WORD, residence=WORD))
+    for prompt in ((5, 6, 7), (9, 10), (40, 41, 42, 43)):
+        request = ask("a", dataclasses.replace(GREEDY, max_tokens=90), grammar, prompt=prompt)
+        wanted = run_to_end(engine_of(), request)["a"]
+        by_letters = [t for c in text_of(VOCABULARY, wanted[0]).decode() for t in VOCABULARY.encode(c)]  # type: ignore[misc]
+
+        class Letters(Repeats):
+            """Drafts single letters from where the output's text stands."""
+
+            def propose(self, views, num_prompt_rows):
+                done = [len(text_of(VOCABULARY, v.tokens[v.num_prompt_tokens :])) for v in views]
+                return [self.output[n : n + 8] for n in done]
+
+        engine = engine_of(Letters(by_letters))
+        assert run_to_end(engine, request)["a"] == wanted
+        assert engine.stats().num_draft_tokens > engine.stats().num_draft_tokens_accepted
+        check_clean(engine)
+
+
+def test_masks_of_a_draft_that_was_given_up_are_not_used_for_the_next_one():
+    grammars = Grammars(VOCABULARY.vocab_size, (END,), jump=False, timeout_s=1.0)
+    (cursor,) = grammars.open(Constraint(compile_small(alt(lit("ab"), lit("cd"))), VOCABULARY), ((),))
+    a, b, c, d = (VOCABULARY.token_bytes.index(x) for x in (b"a", b"b", b"c", b"d"))
+    for draft, behind in ((a, b), (c, d), (a, b)):
+        grammars.fill([(cursor, [draft])])
+        grammars.collect()
+        mask = cursor.mask(1)
+        assert mask is not None
+        allowed = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))
+        assert behind in allowed and not {a, b, c, d}.difference({behind}) & set(allowed.tolist())
+    grammars.close()
+
+
 def test_every_token_is_the_best_of_those_allowed_or_forced():
     """A slow reference: replay the output; what was not forced must be the masked argmax behind the same tokens."""
     engine = engine_of()
@@ -314,6 +349,9 @@ def test_min_tokens_leaves_something_to_choose():
     assert 20 < len(tokens) and END not in tokens[:20]  # kept where there is a choice
     only = run_to_end(engine_of(), ask("b", sampling, compile_small(lit("ab"))))["b"][0]
     assert text_of(VOCABULARY, only) == b"ab"  # and not where there is none
+    tilde = VOCABULARY.token_bytes.index(b"~")
+    stops = run_to_end(engine_of(), ask("c", dataclasses.replace(sampling, stop_token_ids=(tilde,)), compile_small(seq(lit("~"), star(one_of("bc"))))))
+    assert stops["c"][0] == [tilde]  # all that the grammar allows is a stop token
 
 
 def test_stop_tokens_end_a_constrained_output_too():
