@@ -189,7 +189,7 @@ def _escapes(texts: Sequence[str]) -> str:
 
 
 def _joined(text: str, following: str) -> str:
-    # Neighbouring literals become one; a longer rule costs more than a longer text.
-    if text.endswith('"') and following.startswith('"') and following != '""' and not text.endswith('\\""'):
+    # Neighbouring literals become one, which makes shorter rules; not behind a hexadecimal escape, which would take the next digits with it.
+    if text.endswith('"') and following.startswith('"') and following != '""' and "\\x" not in text:
         return text[:-1] + following[1:]
     return text if following == '""' else f"{text} {following}"

@@ -56,7 +56,8 @@ _PATTERNS = {
     "iri": _URI,
     "iri-reference": rf"(?:{_URI}|{_RELATIVE})",
     "json-pointer": _JSON_POINTER,
-    "relative-json-pointer": rf"(?:0|[1-9][0-9]{{0,8}})(?:#|{_JSON_POINTER})",
+    # jsonschema takes no digit behind a 0.
+    "relative-json-pointer": rf"(?:0|[1-9]{{1,8}}0?)(?:#|{_JSON_POINTER})",
 }
 KNOWN = tuple(_PATTERNS)
 

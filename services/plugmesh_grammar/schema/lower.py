@@ -147,7 +147,8 @@ def _culprit(schema: Any, limits: SchemaLimits) -> str:
     """A keyword of the root without which there would be values."""
     if not isinstance(schema, dict):
         return ""
-    for keyword in KEYWORDS:
+    broad = ("type", "const", "enum")  # without which nearly everything has values, so last
+    for keyword in sorted(KEYWORDS, key=lambda name: name in broad):
         if keyword in schema:
             try:
                 if _rules({k: v for k, v in schema.items() if k != keyword}, limits).pruned():

@@ -104,7 +104,7 @@ class Normaliser:
         if kind == "const":
             return only(expr[1])
         if kind == "has":
-            return replace(ALL, objects=(Objects(some=frozenset({(word(expr[1]), TRUE)})),))
+            return replace(NOTHING, objects=(Objects(some=frozenset({(word(expr[1]), TRUE)})),))
         if kind == "not":
             return self.complement(self.values(expr[1]))
         if kind in ("and", "or"):

@@ -1,7 +1,7 @@
 """Sets of JSON values in a normal form: one constraint per JSON type, objects and arrays as unions of records.
 
-An expression is a hashable tuple that stands for a schema: ("true",), ("false",), ("node", path, scope), ("const", canonical value), ("not", e),
-("and", frozenset), ("or", frozenset). Expressions inside records stay unevaluated, which is how recursive schemas end.
+An expression is a hashable tuple that stands for a schema: ("true",), ("false",), ("node", path, scope), ("const", canonical value), ("has", name) for
+objects with such a member, ("not", e), ("and", frozenset), ("or", frozenset). Expressions inside records stay unevaluated, which is how recursive schemas end.
 """
 
 from __future__ import annotations
