@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import dataclasses
+import functools
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -72,7 +73,7 @@ class _Getter:
 @dataclass(slots=True, eq=False)
 class _Putter:
     has_room: Callable[[], bool]
-    apply: Callable[[], Any]
+    apply: Callable[[bool], Any]
     future: asyncio.Future[Any]
 
 
@@ -202,14 +203,16 @@ class Table:
         """Indexes of the rows, in order; see `Topic.sort_out`. Raises Overloaded when there is no room within `wait_s`."""
         opened = self.find(name)
         topic = opened.topic
-        _, new = topic.sort_out(rows, keep_existing=keep_existing)
+        at_first = topic.sort_out(rows, keep_existing=keep_existing)
+        new = at_first[1]
         cost = sum(topic.storage.cost(row.cells) for row, _ in new)
 
         def has_room() -> bool:
             return topic.has_room(len(new), cost)
 
-        def apply() -> tuple[list[int], int]:
-            indexes, fresh = topic.sort_out(rows, keep_existing=keep_existing)  # others may have put some of them meanwhile
+        def apply(has_waited: bool) -> tuple[list[int], int]:
+            # Others may have put some of them meanwhile.
+            indexes, fresh = topic.sort_out(rows, keep_existing=keep_existing) if has_waited else at_first
             added = topic.put(fresh)
             by_id = {r.id: r.index for r in added}
             indexes = [i if i >= 0 else by_id[r.id] for i, r in zip(indexes, rows, strict=True)]
@@ -237,7 +240,7 @@ class Table:
         def has_room() -> bool:
             return topic.storage.num_bytes + cost <= topic.spec.capacity_bytes
 
-        def apply() -> tuple[int, int]:
+        def apply(has_waited: bool) -> tuple[int, int]:
             again = bool(lease_id) and topic.is_acked(lease_id)
             changed = topic.put_fields(indexes, cells, versions, lease_id=lease_id, task=task, now=self._clock())
             entries: list[log_of.Entry] = [log_of.FieldsPut(name, row.index, row.version, new) for row, new in changed]
@@ -255,11 +258,11 @@ class Table:
         return num
 
     async def _when_there_is_room(
-        self, opened: OpenTopic, queue: collections.deque[_Putter], needs: bool, has_room: Callable[[], bool], apply: Callable[[], Any], cost: int, wait_s: float,
+        self, opened: OpenTopic, queue: collections.deque[_Putter], needs: bool, has_room: Callable[[], bool], apply: Callable[[bool], Any], cost: int, wait_s: float,
     ) -> Any:  # fmt: skip
-        """`apply()` as soon as there is room and nobody waits longer."""
+        """`apply(whether it waited)` as soon as there is room and nobody waits longer."""
         if not needs or (not queue and has_room()):
-            return apply()
+            return apply(False)
         if wait_s <= 0 or self.num_waiting_bytes + cost > self._waiting_bytes or len(queue) >= self._max_waiting:
             raise Overloaded(self._full(opened), retry_after_s=1.0)
         putter = _Putter(has_room, apply, asyncio.get_running_loop().create_future())
@@ -459,7 +462,7 @@ class Table:
             while queue and (queue[0].future.done() or queue[0].has_room()):
                 putter = queue.popleft()
                 if not putter.future.done():
-                    _settle(putter.future, putter.apply)
+                    _settle(putter.future, functools.partial(putter.apply, True))
         failed: set[tuple[Any, ...]] = set()
         for getter in list(opened.getters):
             key = getter.ask.alike()

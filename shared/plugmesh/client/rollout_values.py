@@ -7,6 +7,7 @@ Numbers are little-endian; the body of an array is its elements in C order.
 
 from __future__ import annotations
 
+import functools
 import math
 import struct
 from dataclasses import dataclass
@@ -119,9 +120,14 @@ def _checked(dtype: np.dtype) -> np.dtype:
     return dtype
 
 
+@functools.lru_cache(256)
+def _dtype(name: bytes) -> np.dtype:
+    return _checked(np.dtype(name.decode("ascii")))
+
+
 def _header(cell: bytes) -> tuple[np.dtype, tuple[int, ...], int]:
     end = 2 + cell[1]
-    dtype = _checked(np.dtype(bytes(cell[2:end]).decode("ascii")))
+    dtype = _dtype(bytes(cell[2:end]))
     num_dimensions = cell[end]
     if num_dimensions > _MAX_DIMENSIONS:
         raise ValueError("dimensions")
