@@ -235,11 +235,11 @@ async def test_the_memory_cache_has_a_cap_and_what_left_it_is_in_the_catalogue(l
 
 @pytest.mark.slow
 async def test_export_comes_in_parts(literal):
-    await literal.add(max_schema_bytes=1 << 20, max_regex_chars=1 << 20)
-    spec = GrammarSpec("regex", "y" * 500_000)
+    await literal.add(max_schema_bytes=240 << 10, max_regex_chars=240 << 10)
+    spec = GrammarSpec("regex", "y" * 220_000)
     info, data = await literal.client.export(spec, "", timeout_s=10)
 
-    assert data == b"LIT" + b"y" * 500_000
+    assert data == b"LIT" + b"y" * 220_000
     assert info.num_bytes == len(data)
 
 
