@@ -26,7 +26,6 @@ from plugmesh_engine.forks import Holds, Origin
 from plugmesh_engine.kv.pool import BlockPool
 from plugmesh_engine.kv.view import PoolView
 from plugmesh_engine.measure import measure_step_ms, teacher_forced
-from plugmesh_engine.memory import Memory
 from plugmesh_engine.outcome import (
     MAX_SCORED_ROWS,
     Sampled,
@@ -44,11 +43,12 @@ from plugmesh_engine.seams import Executor, Model, Scheduler, SequenceView
 from plugmesh_engine.sequence import Group, State
 from plugmesh_engine.sequence import Sequence as Seq
 from plugmesh_engine.speculate import Drafter, Planned
+from plugmesh_engine.swap import Swap, Swapping
 
 log = structlog.get_logger()
 
 
-class Engine(Memory):
+class Engine(Swapping):
     """Runs many requests together on one model.
 
     One thread owns an engine; nothing here locks. Knows nothing of text, deadlines, streams or the network.
@@ -111,6 +111,8 @@ class Engine(Memory):
                 )
             self._drafter = Drafter(drafts, name, max_tokens=config.max_draft_tokens, max_model_len=self.max_model_len, vocab_size=c.vocab_size)
         self._grammars = Grammars(c.vocab_size, c.eos_token_ids, jump=config.jump_forward, timeout_s=config.grammar_timeout_s)
+        self._swap: Swap | None = None
+        self._num_swaps = 0
         self._filling: list[Seq] = []  # sequences whose masks are computed beside the forward pass
         self._filtering: Filtering | None = None
         if prompt_filter is not None:
@@ -156,7 +158,9 @@ class Engine(Memory):
             raise InvalidRequest(f"the sequence has {len(origin.tokens)} tokens, {n} are to be gone on from", param="num_tokens")
         if new.prefill_only or new.resume or new.kv:
             raise InvalidRequest("a fork brings no prefill_only, resume or kv", param="fork")
-        self._add(dataclasses.replace(new, token_ids=(*origin.tokens[:n], *new.token_ids)), origin, min(n, origin.num_computed))
+        mixed = request_id in self._groups and self._groups[request_id].spans_versions
+        num_inherited = 0 if mixed else min(n, origin.num_computed)
+        self._add(dataclasses.replace(new, token_ids=(*origin.tokens[:n], *new.token_ids)), origin, num_inherited)
         self._num_forks += 1
         return n
 
@@ -185,6 +189,9 @@ class Engine(Memory):
     def _add(self, request: EngineRequest, origin: Origin | None = None, num_inherited: int = 0) -> None:
         if request.request_id in self._groups or request.request_id in self._retained or request.request_id in self._holds:
             raise AlreadyExists(f"request id {request.request_id!r} is in use", param="request_id")
+        is_stale = bool(request.kv and request.kv_layout) and request.kv_layout != self._layout_key  # the weights were exchanged meanwhile
+        if is_stale:
+            request = dataclasses.replace(request, kv=())
         check_request(request, self.model.config, self.config, self.max_model_len, self.layout)
         if self.num_waiting >= self.config.max_waiting:
             raise Overloaded(f"{self.num_waiting} requests wait already", retry_after_s=1.0)
@@ -218,6 +225,8 @@ class Engine(Memory):
             group.inherited, group.num_inherited = origin.blocks[: -(-num_inherited // BLOCK_TOKENS)], num_inherited
             for block in group.inherited:
                 self._pool.hold(block)
+        if is_stale:
+            self._out.kv_imported.append(request.request_id)
         self._finish_complete_resumes(group)
         if cursors:
             self._go_on_from_resumed(group)
@@ -300,7 +309,7 @@ class Engine(Memory):
 
     def has_work(self) -> bool:
         """Whether `step` has something to do or to tell."""
-        return bool(self._waiting or self._running or self._out.tokens or self._out.kv_imported or self._filtering)
+        return bool(self._waiting or self._running or self._out.tokens or self._out.kv_imported or self._filtering or self._swap)
 
     def stats(self) -> EngineStats:
         """Gauges and counters as of now; audits the reference counts, which costs tens of microseconds."""
@@ -328,7 +337,7 @@ class Engine(Memory):
             num_filter_errors=self._filtering.num_errors if self._filtering is not None else 0,
             num_masks_filled=self._grammars.counters.num_masks_filled, num_masks_skipped=self._grammars.counters.num_masks_skipped,
             num_masks_late=self._grammars.counters.num_masks_late, num_jumped_tokens=self._grammars.counters.num_jumped_tokens,
-            num_grammar_errors=self._grammars.counters.num_errors,
+            num_grammar_errors=self._grammars.counters.num_errors, num_swaps=self._num_swaps,
         )  # fmt: skip
 
     def measure_step_ms(self, num_prefill_tokens: int, num_decodes: int, kv_tokens: int) -> float:
@@ -348,7 +357,9 @@ class Engine(Memory):
 
     def step(self) -> StepOutput:
         """One forward pass over what the scheduler chose. Safe to call without work."""
-        if self._filtering:
+        if self._swap is not None:
+            self._swap_when_due()
+        if self._filtering and self._swap is None:
             self._advance_filtering(self._filtering)
         plan = self._schedule()
         self._draft(plan)
@@ -634,7 +645,7 @@ class Engine(Memory):
     def _emit(self) -> StepOutput:
         """Hands over what the step produced."""
         out, self._out = self._out, StepOutput(step=self._num_steps + 1)
-        out.step = self._num_steps
+        out.step, out.weight_version = self._num_steps, self.model.version
         return out
 
     # -- ends ------------------------------------------------------------------------------------------------------
@@ -661,6 +672,8 @@ class Engine(Memory):
         if kept and g.request.request_id not in self._retained:
             self._retained[g.request.request_id], s.blocks = s.blocks, []
         if g.request.hold and reason in (FinishReason.STOP, FinishReason.LENGTH):
+            if g.spans_versions:  # whoever goes on from it shall not do so over the KV of old weights
+                self._drop_blocks(s)
             self._holds.keep(g.request.request_id, s.index, Origin(s.tokens, s.num_computed, s.blocks))
             s.blocks = []
         self._drop_blocks(s)

@@ -33,6 +33,7 @@ class EngineRequest:
         prefill_only: Compute the prompt and sample the first token of each sequence, then finish. The prompt's blocks are
             announced by `BlockReady` and stay until `Engine.release`.
         kv: KV of a prefix of the prompt, in order: full blocks, and at most one partial block at the end.
+        kv_layout: Key of the layout that `kv` was looked up under; KV of another one than the engine has by then is left alone. Empty: the engine's.
         resume: Per sequence, tokens that were generated and delivered before. They are not emitted again, count against
             max_tokens, and enter penalties and the position of the random numbers.
         resume_finished: Sequences that had ended already.
@@ -54,6 +55,7 @@ class EngineRequest:
     priority: int = 0
     prefill_only: bool = False
     kv: tuple[KvSource, ...] = ()
+    kv_layout: bytes = b""
     resume: tuple[tuple[int, ...], ...] = ()
     resume_finished: tuple[bool, ...] = ()
     use_prefix_cache: bool = True
@@ -117,6 +119,7 @@ class StepOutput:
     """Everything that one step produced.
 
     `kv_imported` lists requests whose `EngineRequest.kv` buffers are no longer read, also because they ended before.
+    `weight_version` names the weights that the step ran under, all of it.
     """
 
     step: int
@@ -124,6 +127,7 @@ class StepOutput:
     blocks_ready: list[BlockReady] = field(default_factory=list)
     kv_imported: list[str] = field(default_factory=list)
     hidden: list[HiddenRows] = field(default_factory=list)
+    weight_version: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +153,7 @@ class EngineStats:
         num_masks_late: Steps that waited for masks when their forward pass was done.
         num_jumped_tokens: Tokens that grammars forced, without a forward pass of their own.
         num_grammar_errors: Requests that ended because their grammar's matcher raised, hung or contradicted itself.
+        num_swaps: Times that the weights were exchanged.
     """
 
     num_running: int
@@ -179,3 +184,4 @@ class EngineStats:
     num_masks_late: int = 0
     num_jumped_tokens: int = 0
     num_grammar_errors: int = 0
+    num_swaps: int = 0

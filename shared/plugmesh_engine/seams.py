@@ -128,7 +128,25 @@ class Executor(Protocol):
     def close(self) -> None:
         """Ends its threads. Called once, after the last step."""
 
+    # An executor whose weights can be exchanged under its KV (`plugmesh_engine.swap`) also has
+    #     prepare_weights(model) -> PreparedWeights: everything that takes long; on any thread, beside `run`. FailedPrecondition for a model of another kind.
+    #     set_weights(prepared): between two runs; `prepared` then holds what was in force before. Neither copies nor frees anything, and `layout` is that of
+    #         the new weights.
     # An executor may also have `sample`, with the signature of `plugmesh_engine.sampler.sample_rows`, to draw tokens on its own threads.
+
+
+class PreparedWeights(Protocol):
+    """Weights that an executor could run at once, or those that it ran before.
+
+    Attributes:
+        layout: The executor's, under these weights; only its `model`, and the weight format in its `codec`, differ from the present one's.
+    """
+
+    @property
+    def layout(self) -> KvLayout: ...
+
+    def close(self) -> None:
+        """Gives up threads and memory of the weights; they cannot be used any more. May run on any thread."""
 
 
 class DraftView(Protocol):

@@ -41,6 +41,7 @@ class Group:
         inherited: Blocks of the sequence that the request was forked from, with a reference each, until it is admitted; they hold `num_inherited` tokens.
         num_total: Tokens that all its sequences have generated.
         num_given: Prompt tokens that the request came with; `num_prompt` of them were chosen where a filter leaves some out.
+        spans_versions: Weights were exchanged while it ran, and it went on over the KV of the old ones.
     """
 
     request: EngineRequest
@@ -59,6 +60,7 @@ class Group:
     num_inherited: int = 0
     num_total: int = 0
     num_given: int = 0
+    spans_versions: bool = False
     _end_ids: tuple[int, ...] | None = None
     _distinct: np.ndarray | None = None
 

@@ -164,10 +164,13 @@ class FakeExecutor:
     Args:
         num_kinds: Distinct sets of logits.
         window: Tokens before a row that count; few make output that repeats itself.
+        salt: Stands for the weights.
     """
 
-    def __init__(self, config: ModelConfig, num_blocks: int, *, num_kinds: int = 1 << 30, window: int = 1 << 30) -> None:
-        self.layout = KvLayout("fake", "ids", "int32", 1, 1, 1, BLOCK_TOKENS, 4 * BLOCK_TOKENS)
+    def __init__(
+        self, config: ModelConfig, num_blocks: int, *, num_kinds: int = 1 << 30, window: int = 1 << 30, salt: int = 0, version: str = "fake"
+    ) -> None:
+        self.layout = KvLayout(version, "ids", "int32", 1, 1, 1, BLOCK_TOKENS, 4 * BLOCK_TOKENS)
         self.memory = FakeKv(num_blocks)
         self.num_rows = 0
         self._vocab_size = config.vocab_size
@@ -175,6 +178,7 @@ class FakeExecutor:
         self._heads = (config.num_heads, config.num_kv_heads, config.head_dim)
         self._num_kinds = num_kinds
         self._window = window
+        self._salt = salt
 
     def run(self, rows: Sequence[Rows], taps: Sequence[Tap] = ()) -> StepResult:
         best: list[int] = []
@@ -215,8 +219,27 @@ class FakeExecutor:
 
     def logits(self, prefix: np.ndarray) -> np.ndarray:
         """(vocab,) float32 after these tokens."""
-        kind = zlib.crc32(prefix.astype(np.int32).tobytes()) % self._num_kinds
+        kind = zlib.crc32(prefix.astype(np.int32).tobytes(), self._salt) % self._num_kinds
         return (np.random.default_rng(kind).standard_normal(self._vocab_size) * 3).astype(np.float32)
+
+    def prepare_weights(self, model: Any) -> FakeWeights:
+        return FakeWeights(model.salt, dataclasses.replace(self.layout, model=model.version))
+
+    def set_weights(self, prepared: FakeWeights) -> None:
+        new = prepared.salt, prepared.layout
+        prepared.salt, prepared.layout = self._salt, self.layout
+        self._salt, self.layout = new
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+
+@dataclass(slots=True)
+class FakeWeights:
+    """Implements `seams.PreparedWeights`."""
+
+    salt: int
+    layout: KvLayout
 
     def close(self) -> None:
         """Nothing to end."""
@@ -230,11 +253,12 @@ class FakeModel:
     num_kinds: int = 1 << 30
     window: int = 1 << 30
     version: str = "fake"
+    salt: int = 0
     num_mapped_bytes: int = 0
     num_copied_bytes: int = 0
 
     def build_executor(self, config: EngineConfig, kv_codec: object = None) -> FakeExecutor:
-        return FakeExecutor(self.config, config.num_blocks, num_kinds=self.num_kinds, window=self.window)
+        return FakeExecutor(self.config, config.num_blocks, num_kinds=self.num_kinds, window=self.window, salt=self.salt, version=self.version)
 
 
 _GGUF_NAMES = {

@@ -8,6 +8,7 @@ A row's result does not depend on what else is in the step, bit for bit.
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import mmap
 import os
 import sys
@@ -19,7 +20,7 @@ import numpy as np
 import structlog
 
 import plugmesh_kernels
-from plugmesh.errors import ConfigError
+from plugmesh.errors import ConfigError, FailedPrecondition
 from plugmesh.records import KvCodecContext, KvCodecRecord, WeightFormatRecord
 from plugmesh.types import BLOCK_TOKENS, KvLayout, ModelConfig
 from plugmesh_engine.batch import Rows, StepResult, Tap
@@ -37,7 +38,7 @@ from plugmesh_engine.foreign import (
 )
 from plugmesh_engine.kv.codec import build_codec, tagged
 from plugmesh_engine.model.rope import rope_tables
-from plugmesh_engine.seams import KvCodec, KvMemory, ManifestLike
+from plugmesh_engine.seams import KvCodec, KvMemory, ManifestLike, Model
 from plugmesh_engine.weights import check_shapes, llama_shapes
 
 log = structlog.get_logger()
@@ -187,18 +188,32 @@ class NativeExecutor:
         kernels = plugmesh_kernels.native()
         num_threads = config.num_threads or num_cpus()
         self._model = model  # a plugin's functions live as long as its object
+        self._config, self._num_threads = config, num_threads
         self._codec: KvCodec | None = None
+        self._attention: Any = None
+        self._storage: np.ndarray | None = None
         tag = model.plugin.kv_tag if model.plugin else ""
-        storage: np.ndarray | None = None
         if kv_codec is not None:
             self._codec, self.layout = build_codec(kv_codec, KvCodecContext(c, model.version, config.num_blocks, num_threads), tag)
             self.memory: KvMemory = self._codec.memory
+            self._attention = getattr(self._codec, "capsule", None) or self._codec.attend
         else:
             self.layout = tagged(_layout(kernels, model, config), tag)
             kv = NativeKv(self.layout, config.num_blocks, lambda blocks: self._native.all_finite(list(blocks)))
-            self.memory, storage = kv, kv.storage
+            self.memory, self._storage = kv, kv.storage
             if config.commit_kv:
                 log.info("kv.committed", is_committed=kv.commit(), num_bytes=kv.storage.nbytes)
+        try:
+            self._native = self._bind(model)
+        except BaseException:
+            if self._codec is not None:
+                self._codec.close()
+            raise
+
+    def _bind(self, model: NativeModel) -> Any:
+        """The kernels' executor over a model's weights and this one's KV; with threads of its own, which sleep until they have something to do."""
+        c, config, storage = model.config, self._config, self._storage
+        kernels = plugmesh_kernels.native()
         cos, sin = rope_tables(c)
         shape = {
             "hidden": c.hidden_size, "intermediate": c.intermediate_size, "num_layers": c.num_layers, "num_heads": c.num_heads,
@@ -213,21 +228,31 @@ class NativeExecutor:
             layer["input_norm"] = model.tensors[f"{p}input_layernorm.weight"].data
             layer["mlp_norm"] = model.tensors[f"{p}post_attention_layernorm.weight"].data
             layers.append(layer)
-        try:
-            self._native = kernels.Executor(
-                shape=shape, layers=layers, embedding=linears[EMBEDDING], norm=model.tensors["model.norm.weight"].data, head=linears[HEAD], cos=cos,
-                sin=sin, kv=storage, num_blocks=config.num_blocks + 1, kv_type="bfloat16" if storage is None else config.kv_dtype, isa=kernels.isa(),
-                num_threads=num_threads, spin_us=SPIN_US, pin=False,
-            )  # fmt: skip
-            if self._codec is not None:
-                self._native.set_attention(getattr(self._codec, "capsule", None) or self._codec.attend)
-            if model.plugin is not None:
-                self._native.set_before_layer(model.plugin.before_layer)
-                self._native.set_embedding(model.plugin.embedding)
-        except BaseException:
-            if self._codec is not None:
-                self._codec.close()
-            raise
+        native = kernels.Executor(
+            shape=shape, layers=layers, embedding=linears[EMBEDDING], norm=model.tensors["model.norm.weight"].data, head=linears[HEAD], cos=cos,
+            sin=sin, kv=storage, num_blocks=config.num_blocks + 1, kv_type="bfloat16" if storage is None else config.kv_dtype, isa=kernels.isa(),
+            num_threads=self._num_threads, spin_us=SPIN_US, pin=False,
+        )  # fmt: skip
+        if self._attention is not None:
+            native.set_attention(self._attention)
+        if model.plugin is not None:
+            native.set_before_layer(model.plugin.before_layer)
+            native.set_embedding(model.plugin.embedding)
+        return native
+
+    def prepare_weights(self, model: Model) -> PreparedNative:
+        """See `seams.Executor`. Beside the weights it takes threads, and no KV memory."""
+        if not isinstance(model, NativeModel):
+            raise FailedPrecondition(f"the native executor runs native models, not {type(model).__name__}", param="version")
+        kernels = plugmesh_kernels.native()
+        layout = _layout(kernels, model, self._config) if self._codec is None else dataclasses.replace(self._codec.layout, model=model.version)
+        return PreparedNative(model, self._bind(model), tagged(layout, model.plugin.kv_tag if model.plugin else ""))
+
+    def set_weights(self, prepared: PreparedNative) -> None:
+        """See `seams.Executor`."""
+        new = prepared.model, prepared.native, prepared.layout
+        prepared.model, prepared.native, prepared.layout = self._model, self._native, self.layout
+        self._model, self._native, self.layout = new
 
     def run(self, rows: Sequence[Rows], taps: Sequence[Tap] = ()) -> StepResult:
         """One forward pass; writes the KV of all rows. Raises ValueError for tokens, blocks, positions or taps out of range."""
@@ -246,6 +271,7 @@ class NativeExecutor:
     def set_attention(self, function: Callable[[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray], None] | None) -> None:
         """Another attention: function(layer, q (T, heads, head_dim), k, v (T, kv_heads, head_dim), out to fill), float32; it keeps k and v itself."""
         self._native.set_attention(function)
+        self._attention = function
 
     def sample(self, logits: np.ndarray, *parameters: np.ndarray) -> np.ndarray:
         """`plugmesh_kernels.native().sample_rows` on the executor's threads."""
@@ -259,6 +285,18 @@ class NativeExecutor:
         finally:
             if self._codec is not None:
                 self._codec.close()
+
+
+@dataclass(slots=True, eq=False)
+class PreparedNative:
+    """Implements `seams.PreparedWeights`."""
+
+    model: NativeModel
+    native: Any
+    layout: KvLayout
+
+    def close(self) -> None:
+        self.native.close()
 
 
 def _layout(kernels: Any, model: NativeModel, config: EngineConfig) -> KvLayout:

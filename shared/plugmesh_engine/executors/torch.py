@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import mmap
 import warnings
@@ -23,7 +24,7 @@ from plugmesh_engine.foreign import PluginModel
 from plugmesh_engine.kv.codec import build_codec, tagged
 from plugmesh_engine.kv.pool import NULL_BLOCK
 from plugmesh_engine.model.llama import Llama
-from plugmesh_engine.seams import AttentionBackend, KvCodec, KvMemory, ManifestLike, TensorLike
+from plugmesh_engine.seams import AttentionBackend, KvCodec, KvMemory, ManifestLike, Model, TensorLike
 from plugmesh_engine.weights import check_shapes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -208,7 +209,21 @@ class TorchExecutor:
             kv = TorchKvMemory(self.layout, config.num_blocks, model.device)
             self.memory, self.attention = kv, attention(kv.storage, c.num_heads)
         self._graph = model.graph
+        self._model = (model.dtype, model.device)
         self._device = torch.device(model.device)
+
+    def prepare_weights(self, model: Model) -> PreparedTorch:
+        """See `seams.Executor`."""
+        if not isinstance(model, TorchModel) or (model.dtype, model.device) != self._model:
+            raise FailedPrecondition(f"the torch executor runs models of {self._model[0]} on {self._model[1]}", param="version")
+        layout = _layout(model) if self._codec is None else dataclasses.replace(self._codec.layout, model=model.version)
+        return PreparedTorch(model.graph, model.plugin, tagged(layout, model.kv_tag))
+
+    def set_weights(self, prepared: PreparedTorch) -> None:
+        """See `seams.Executor`."""
+        new = prepared.graph, prepared.plugin, prepared.layout
+        prepared.graph, prepared.plugin, prepared.layout = self._graph, self._plugin, self.layout
+        self._graph, self._plugin, self.layout = new
 
     def run(self, rows: Sequence[Rows], taps: Sequence[Tap] = ()) -> StepResult:
         for tap in taps:
@@ -244,6 +259,18 @@ class TorchExecutor:
         """Torch's threads are the process's; a codec may have some of its own."""
         if self._codec is not None:
             self._codec.close()
+
+
+@dataclass(slots=True, eq=False)
+class PreparedTorch:
+    """Implements `seams.PreparedWeights`; its memory goes when nobody refers to the model any more."""
+
+    graph: Llama
+    plugin: PluginModel | None
+    layout: KvLayout
+
+    def close(self) -> None:
+        """Torch's threads are the process's."""
 
 
 def _layout(model: TorchModel) -> KvLayout:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from plugmesh.types import BLOCK_TOKENS
+from plugmesh.types import BLOCK_TOKENS, KvLayout
 from plugmesh_engine.kv.pool import BlockPool
 from plugmesh_engine.seams import SequenceView
 from plugmesh_engine.sequence import Sequence, State
@@ -14,6 +14,12 @@ class PoolView:
     def __init__(self, pool: BlockPool) -> None:
         self._pool = pool
         self._layout_key = pool.layout.key()
+
+    def rename(self, layout: KvLayout) -> bytes:
+        """From now on blocks are named for another layout of the same form; its key."""
+        self._pool.layout = layout
+        self._layout_key = layout.key()
+        return self._layout_key
 
     @property
     def num_free(self) -> int:
