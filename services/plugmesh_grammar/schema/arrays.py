@@ -24,7 +24,7 @@ def array_part(low: Lowering, record: Arrays, prefix: str) -> Part:
     """The text of one kind of array; NEVER when there is none."""
     n = low.normaliser
     if record.unique is False:
-        raise refused("arrays of which two items are equal cannot be enforced", "uniqueItems", "")
+        raise refused("arrays of which two items are equal cannot be enforced", "uniqueItems", low.blame("uniqueItems"))
     boundary = max([0, *(behind if behind is not None else first for first, behind, _ in record.every), *(first for first, *_ in record.counts)])
     if boundary > _MAX_PLACES:
         raise LimitExceeded(f"an array of {boundary} places with schemas of their own; the limit is {_MAX_PLACES}")
@@ -131,7 +131,7 @@ def _automaton(low: Lowering, prefix: str, start, options, ends) -> Part:  # typ
 
 def _unique(low: Lowering, record: Arrays, prefix: str, item, boundary: int, least: int, most: int | None) -> Part:  # type: ignore[no-untyped-def]
     if record.counts:
-        raise refused("together with contains", "uniqueItems", "")
+        raise refused("together with contains", "uniqueItems", low.blame("uniqueItems"))
     # Only where the items' values can be listed: the states are the sets of used ones.
     known: dict[int, list[Expr]] = {}
     for place in range(boundary + 1):
@@ -139,7 +139,7 @@ def _unique(low: Lowering, record: Arrays, prefix: str, item, boundary: int, lea
         if values is None:
             if most is not None and place >= most:
                 break
-            raise refused(f"only over items of at most {_MAX_UNIQUE} listed scalar values", "uniqueItems", "")
+            raise refused(f"only over items of at most {_MAX_UNIQUE} listed scalar values", "uniqueItems", low.blame("uniqueItems"))
         known[place] = values
     last = max(known)
 

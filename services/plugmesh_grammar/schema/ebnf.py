@@ -28,7 +28,9 @@ def literal(text: str) -> str:
 
 
 def _class_char(code: int) -> str:
-    # Never as it is: see `literal`; no digit may follow an escape.
+    # Never as it is: see `literal`; no digit may follow an escape. The number of a hyphen xgrammar takes for the sign of a range.
+    if code == 0x2D:
+        return "\\-"
     return f"\\x{code:02x}" if code < 128 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 

@@ -16,7 +16,6 @@ class SchemaLimits:
         max_regex_chars: Characters of one pattern.
         max_rules: Rules of the grammar that is made.
         max_alternatives: Alternatives (of objects, of arrays) that one schema may have after normalisation.
-        max_states: States of one automaton (of a pattern, of a number's range).
         any_order_properties: Up to so many declared properties may come in any order; more come in the schema's order.
         enforce_format: `format` is enforced, and an unknown one refused; otherwise it is an annotation, as by default in draft 2020-12.
     """
@@ -27,6 +26,5 @@ class SchemaLimits:
     max_regex_chars: int = 2000
     max_rules: int = 20_000
     max_alternatives: int = 400
-    max_states: int = 4000
     any_order_properties: int = 4
     enforce_format: bool = True

@@ -24,14 +24,29 @@ class Lowering:
         self.grammar = Grammar(self.limits.max_rules)
         self._names: dict[Expr, str] = {}
         self._todo: deque[Expr] = deque()
+        self._current: Expr = ("true",)
 
     def run(self, root: Expr) -> Grammar:
         """The whole grammar; not yet pruned."""
         self.grammar.root = self.rule(root).rule
         while self._todo:
-            expr = self._todo.popleft()
+            expr = self._current = self._todo.popleft()
             self.grammar.add(self._names[expr], self.value_part(self.normaliser.values(expr), self._names[expr]))
         return self.grammar
+
+    def blame(self, keyword: str) -> str:
+        """Path of the subschema whose keyword most likely made the record that is being lowered: in what is lowered, below it, or anywhere."""
+        having = [path for path, node in self.normaliser.document.nodes.items() if isinstance(node.schema, dict) and node.schema.get(keyword)]
+        inside: set[str] = set()
+        stack: list[object] = [self._current]
+        while stack:
+            part = stack.pop()
+            if isinstance(part, tuple) and part[:1] == ("node",):
+                inside.add(part[1])
+            elif isinstance(part, tuple | frozenset):
+                stack.extend(part)
+        below = [path for path in having if path in inside] or [path for path in having if any(path.startswith(f"{root}/") for root in inside)]
+        return min(below or having or [""], key=len)
 
     def rule(self, expr: Expr) -> Ref:
         """The rule of an expression's values."""

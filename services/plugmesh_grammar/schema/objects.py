@@ -80,7 +80,7 @@ def object_part(low: Lowering, record: Objects, prefix: str) -> Part:
         return NEVER
     if least > len(possible) + bool(free):
         if free and record.least > 1:
-            raise refused("more than one member of an undeclared name cannot be counted, since a name may come twice", "minProperties", "")
+            raise refused("more than one member of an undeclared name cannot be counted, since a name may come twice", "minProperties", low.blame("minProperties"))
         return NEVER
     cap = max(least, most or 0)
     any_order = len(possible) <= low.limits.any_order_properties
@@ -120,7 +120,7 @@ def object_part(low: Lowering, record: Objects, prefix: str) -> Part:
         return out
 
     if most is not None and least > 1 and free:
-        raise refused("together with maxProperties on undeclared names", "minProperties", "")
+        raise refused("together with maxProperties on undeclared names", "minProperties", low.blame("minProperties"))
 
     def ends(state: _State) -> bool:
         place, count, _, met = state

@@ -117,7 +117,7 @@ def check(schema: Any, instances: list[Any], seed: int) -> None:
             assert validator.is_valid(json.loads(text)), (schema, text)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None)
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None)
 @given(ROOTS, st.lists(INSTANCES, min_size=4, max_size=4), st.integers(0, 2**32))
 def test_what_a_grammar_lets_through_is_valid(schema: Any, instances: list[Any], seed: int) -> None:
     check(schema, instances, seed)
@@ -128,7 +128,7 @@ def test_what_a_grammar_lets_through_is_valid(schema: Any, instances: list[Any],
 def test_what_many_grammars_let_through_is_valid() -> None:
     counted.clear()
 
-    @settings(max_examples=4000, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+    @settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck), database=None)
     @given(ROOTS, st.lists(INSTANCES, min_size=6, max_size=6), st.integers(0, 2**32))
     def run(schema: Any, instances: list[Any], seed: int) -> None:
         check(schema, instances, seed)
