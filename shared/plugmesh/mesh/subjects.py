@@ -106,6 +106,7 @@ TOPICS: dict[str, tuple[str, ...]] = {
     "kv.events": ("kvstore",),
     "decode.kv_events": ("decode",),
     "weights.events": ("weightstore",),
+    "weights.published": ("weightstore",),
     "rollout.events": ("rollout",),
 }
 

@@ -316,3 +316,17 @@ def test_any_order_of_requests_and_swaps(ops):
         if name not in cancelled:
             assert [len(tokens[name, i]) for i in range(n)] == [length] * n
     assert (engine.stats().kv_blocks_used, engine.stats().kv_blocks_leaked) == (0, 0)
+
+
+def test_a_fork_that_waits_does_not_begin_over_old_kv(pair):
+    old, new = pair
+    engine = engine_on(old, max_num_sequences=1)
+    engine.add(request(3, token_ids=prompt(3, 40)))
+    for _ in range(4):
+        engine.step()
+    sampling = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
+    tokens = tuple(engine._origin("r3", 0).tokens)
+    engine.fork("r3", 0, EngineRequest("fork", (), sampling))
+    assert engine._groups["fork"].num_inherited > 40
+    engine.swap(new, SwapMode.CONTINUE)
+    assert tokens_of(engine, steps(engine))["fork"] == run_to_end(engine_on(new), EngineRequest("x", tokens, sampling))["x"]

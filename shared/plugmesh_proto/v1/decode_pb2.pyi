@@ -189,7 +189,7 @@ class TokenFrame(_message.Message):
     def __init__(self, step: _Optional[int] = ..., rows: _Optional[_Iterable[_Union[TokenRow, _Mapping]]] = ...) -> None: ...
 
 class TokenRow(_message.Message):
-    __slots__ = ("request_id", "sequence", "index", "tokens", "finish_reason", "error", "request_done", "usage", "prefill", "weight_version")
+    __slots__ = ("request_id", "sequence", "index", "tokens", "finish_reason", "error", "request_done", "usage", "prefill", "weight_version", "weight_epoch")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     INDEX_FIELD_NUMBER: _ClassVar[int]
@@ -200,6 +200,7 @@ class TokenRow(_message.Message):
     USAGE_FIELD_NUMBER: _ClassVar[int]
     PREFILL_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_VERSION_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_EPOCH_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     sequence: int
     index: int
@@ -210,7 +211,8 @@ class TokenRow(_message.Message):
     usage: _common_pb2.Usage
     prefill: str
     weight_version: str
-    def __init__(self, request_id: _Optional[str] = ..., sequence: _Optional[int] = ..., index: _Optional[int] = ..., tokens: _Optional[_Iterable[_Union[_common_pb2.TokenInfo, _Mapping]]] = ..., finish_reason: _Optional[_Union[_common_pb2.FinishReason, str]] = ..., error: _Optional[_Union[_common_pb2.ErrorInfo, _Mapping]] = ..., request_done: _Optional[bool] = ..., usage: _Optional[_Union[_common_pb2.Usage, _Mapping]] = ..., prefill: _Optional[str] = ..., weight_version: _Optional[str] = ...) -> None: ...
+    weight_epoch: int
+    def __init__(self, request_id: _Optional[str] = ..., sequence: _Optional[int] = ..., index: _Optional[int] = ..., tokens: _Optional[_Iterable[_Union[_common_pb2.TokenInfo, _Mapping]]] = ..., finish_reason: _Optional[_Union[_common_pb2.FinishReason, str]] = ..., error: _Optional[_Union[_common_pb2.ErrorInfo, _Mapping]] = ..., request_done: _Optional[bool] = ..., usage: _Optional[_Union[_common_pb2.Usage, _Mapping]] = ..., prefill: _Optional[str] = ..., weight_version: _Optional[str] = ..., weight_epoch: _Optional[int] = ...) -> None: ...
 
 class ReportPrefillReply(_message.Message):
     __slots__ = ("still_wanted",)
@@ -218,12 +220,50 @@ class ReportPrefillReply(_message.Message):
     still_wanted: bool
     def __init__(self, still_wanted: _Optional[bool] = ...) -> None: ...
 
+class SwapWeightsRequest(_message.Message):
+    __slots__ = ("version", "mode", "timeout_s")
+    class Mode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        FINISH: _ClassVar[SwapWeightsRequest.Mode]
+        CONTINUE: _ClassVar[SwapWeightsRequest.Mode]
+        ABORT: _ClassVar[SwapWeightsRequest.Mode]
+    FINISH: SwapWeightsRequest.Mode
+    CONTINUE: SwapWeightsRequest.Mode
+    ABORT: SwapWeightsRequest.Mode
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    MODE_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    version: str
+    mode: SwapWeightsRequest.Mode
+    timeout_s: float
+    def __init__(self, version: _Optional[str] = ..., mode: _Optional[_Union[SwapWeightsRequest.Mode, str]] = ..., timeout_s: _Optional[float] = ...) -> None: ...
+
+class SwapWeightsReply(_message.Message):
+    __slots__ = ("old_version", "new_version", "pause_ms", "num_running", "num_restarted", "weight_epoch", "load_ms", "num_bytes")
+    OLD_VERSION_FIELD_NUMBER: _ClassVar[int]
+    NEW_VERSION_FIELD_NUMBER: _ClassVar[int]
+    PAUSE_MS_FIELD_NUMBER: _ClassVar[int]
+    NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
+    NUM_RESTARTED_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    LOAD_MS_FIELD_NUMBER: _ClassVar[int]
+    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    old_version: str
+    new_version: str
+    pause_ms: float
+    num_running: int
+    num_restarted: int
+    weight_epoch: int
+    load_ms: float
+    num_bytes: int
+    def __init__(self, old_version: _Optional[str] = ..., new_version: _Optional[str] = ..., pause_ms: _Optional[float] = ..., num_running: _Optional[int] = ..., num_restarted: _Optional[int] = ..., weight_epoch: _Optional[int] = ..., load_ms: _Optional[float] = ..., num_bytes: _Optional[int] = ...) -> None: ...
+
 class DecodeStatusRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class DecodeStatus(_message.Message):
-    __slots__ = ("num_running", "num_waiting", "num_pending_tokens", "kv_blocks_used", "kv_blocks_cached", "kv_blocks_total", "kv_blocks_leaked", "num_steps", "num_tokens_generated", "weight_version", "model", "max_model_len", "layout")
+    __slots__ = ("num_running", "num_waiting", "num_pending_tokens", "kv_blocks_used", "kv_blocks_cached", "kv_blocks_total", "kv_blocks_leaked", "num_steps", "num_tokens_generated", "weight_version", "model", "max_model_len", "layout", "weight_epoch")
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     NUM_PENDING_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -237,6 +277,7 @@ class DecodeStatus(_message.Message):
     MODEL_FIELD_NUMBER: _ClassVar[int]
     MAX_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_EPOCH_FIELD_NUMBER: _ClassVar[int]
     num_running: int
     num_waiting: int
     num_pending_tokens: int
@@ -250,4 +291,5 @@ class DecodeStatus(_message.Message):
     model: str
     max_model_len: int
     layout: _common_pb2.KvLayout
-    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_pending_tokens: _Optional[int] = ..., kv_blocks_used: _Optional[int] = ..., kv_blocks_cached: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., kv_blocks_leaked: _Optional[int] = ..., num_steps: _Optional[int] = ..., num_tokens_generated: _Optional[int] = ..., weight_version: _Optional[str] = ..., model: _Optional[str] = ..., max_model_len: _Optional[int] = ..., layout: _Optional[_Union[_common_pb2.KvLayout, _Mapping]] = ...) -> None: ...
+    weight_epoch: int
+    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_pending_tokens: _Optional[int] = ..., kv_blocks_used: _Optional[int] = ..., kv_blocks_cached: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., kv_blocks_leaked: _Optional[int] = ..., num_steps: _Optional[int] = ..., num_tokens_generated: _Optional[int] = ..., weight_version: _Optional[str] = ..., model: _Optional[str] = ..., max_model_len: _Optional[int] = ..., layout: _Optional[_Union[_common_pb2.KvLayout, _Mapping]] = ..., weight_epoch: _Optional[int] = ...) -> None: ...

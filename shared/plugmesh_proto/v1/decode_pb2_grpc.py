@@ -77,6 +77,11 @@ class DecodeStub:
                 request_serializer=plugmesh__proto_dot_v1_dot_decode__pb2.ReleaseHoldRequest.SerializeToString,
                 response_deserializer=plugmesh__proto_dot_v1_dot_decode__pb2.ReleaseHoldReply.FromString,
                 _registered_method=True)
+        self.SwapWeights = channel.unary_unary(
+                '/plugmesh_proto.v1.Decode/SwapWeights',
+                request_serializer=plugmesh__proto_dot_v1_dot_decode__pb2.SwapWeightsRequest.SerializeToString,
+                response_deserializer=plugmesh__proto_dot_v1_dot_decode__pb2.SwapWeightsReply.FromString,
+                _registered_method=True)
 
 
 class DecodeServicer:
@@ -141,6 +146,13 @@ class DecodeServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SwapWeights(self, request, context):
+        """Serves with other weights of the same architecture and shapes from now on. Refused, nothing changes: FAILED_PRECONDITION.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_DecodeServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -183,6 +195,11 @@ def add_DecodeServicer_to_server(servicer, server):
                     servicer.ReleaseHold,
                     request_deserializer=plugmesh__proto_dot_v1_dot_decode__pb2.ReleaseHoldRequest.FromString,
                     response_serializer=plugmesh__proto_dot_v1_dot_decode__pb2.ReleaseHoldReply.SerializeToString,
+            ),
+            'SwapWeights': grpc.unary_unary_rpc_method_handler(
+                    servicer.SwapWeights,
+                    request_deserializer=plugmesh__proto_dot_v1_dot_decode__pb2.SwapWeightsRequest.FromString,
+                    response_serializer=plugmesh__proto_dot_v1_dot_decode__pb2.SwapWeightsReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -402,6 +419,33 @@ class Decode:
             '/plugmesh_proto.v1.Decode/ReleaseHold',
             plugmesh__proto_dot_v1_dot_decode__pb2.ReleaseHoldRequest.SerializeToString,
             plugmesh__proto_dot_v1_dot_decode__pb2.ReleaseHoldReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SwapWeights(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/plugmesh_proto.v1.Decode/SwapWeights',
+            plugmesh__proto_dot_v1_dot_decode__pb2.SwapWeightsRequest.SerializeToString,
+            plugmesh__proto_dot_v1_dot_decode__pb2.SwapWeightsReply.FromString,
             options,
             channel_credentials,
             insecure,

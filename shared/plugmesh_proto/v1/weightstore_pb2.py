@@ -24,13 +24,19 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#plugmesh_proto/v1/weightstore.proto\x12\x11plugmesh_proto.v1\"\x13\n\x11ListModelsRequest\"\xd5\x01\n\x0cModelSummary\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x03 \x01(\t\x12\x16\n\x0enum_parameters\x18\x04 \x01(\x03\x12\x14\n\x0cstored_bytes\x18\x05 \x01(\x03\x12\x0e\n\x06source\x18\x06 \x01(\t\x12\x0f\n\x07\x66ormats\x18\x07 \x03(\t\x12\x17\n\x0fimported_unix_s\x18\x08 \x01(\x01\x12\x0f\n\x07license\x18\t \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\n \x01(\x05\"B\n\x0fListModelsReply\x12/\n\x06models\x18\x01 \x03(\x0b\x32\x1f.plugmesh_proto.v1.ModelSummary\"G\n\x0eResolveRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06\x66ormat\x18\x02 \x01(\t\x12\x16\n\x0etokenizer_only\x18\x03 \x01(\x08\"\xd8\x01\n\rModelManifest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x03 \x01(\t\x12\x13\n\x0b\x63onfig_json\x18\x04 \x01(\t\x12/\n\x07tensors\x18\x05 \x03(\x0b\x32\x1e.plugmesh_proto.v1.TensorEntry\x12-\n\x06\x61ssets\x18\x06 \x03(\x0b\x32\x1d.plugmesh_proto.v1.AssetEntry\x12\x0e\n\x06\x66ormat\x18\x07 \x01(\t\x12\x0c\n\x04host\x18\x08 \x01(\t\"z\n\x0bTensorEntry\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x03\x12\x0e\n\x06sha256\x18\x04 \x01(\t\x12\x11\n\tnum_bytes\x18\x05 \x01(\x03\x12\x0c\n\x04path\x18\x06 \x01(\t\x12\x0e\n\x06offset\x18\x07 \x01(\x03\"Y\n\nAssetEntry\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06sha256\x18\x02 \x01(\t\x12\x11\n\tnum_bytes\x18\x03 \x01(\x03\x12\x0c\n\x04path\x18\x04 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x05 \x01(\x0c\"B\n\rImportRequest\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x14\n\x0cmake_default\x18\x03 \x01(\x08\"x\n\x0eImportProgress\x12\r\n\x05phase\x18\x01 \x01(\t\x12\x12\n\ndone_bytes\x18\x02 \x01(\x03\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x03\x12.\n\x05model\x18\x04 \x01(\x0b\x32\x1f.plugmesh_proto.v1.ModelSummary\"#\n\x12RemoveModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\'\n\x10RemoveModelReply\x12\x13\n\x0b\x66reed_bytes\x18\x01 \x01(\x03\"A\n\x0fReadBlobRequest\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x03\x12\x0e\n\x06length\x18\x03 \x01(\x03\")\n\tBlobPiece\x12\x0e\n\x06offset\x18\x01 \x01(\x03\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x32\xac\x03\n\x0bWeightStore\x12V\n\nListModels\x12$.plugmesh_proto.v1.ListModelsRequest\x1a\".plugmesh_proto.v1.ListModelsReply\x12N\n\x07Resolve\x12!.plugmesh_proto.v1.ResolveRequest\x1a .plugmesh_proto.v1.ModelManifest\x12O\n\x06Import\x12 .plugmesh_proto.v1.ImportRequest\x1a!.plugmesh_proto.v1.ImportProgress0\x01\x12T\n\x06Remove\x12%.plugmesh_proto.v1.RemoveModelRequest\x1a#.plugmesh_proto.v1.RemoveModelReply\x12N\n\x08ReadBlob\x12\".plugmesh_proto.v1.ReadBlobRequest\x1a\x1c.plugmesh_proto.v1.BlobPiece0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#plugmesh_proto/v1/weightstore.proto\x12\x11plugmesh_proto.v1\"\x13\n\x11ListModelsRequest\"\xd5\x01\n\x0cModelSummary\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x03 \x01(\t\x12\x16\n\x0enum_parameters\x18\x04 \x01(\x03\x12\x14\n\x0cstored_bytes\x18\x05 \x01(\x03\x12\x0e\n\x06source\x18\x06 \x01(\t\x12\x0f\n\x07\x66ormats\x18\x07 \x03(\t\x12\x17\n\x0fimported_unix_s\x18\x08 \x01(\x01\x12\x0f\n\x07license\x18\t \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\n \x01(\x05\"B\n\x0fListModelsReply\x12/\n\x06models\x18\x01 \x03(\x0b\x32\x1f.plugmesh_proto.v1.ModelSummary\"G\n\x0eResolveRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06\x66ormat\x18\x02 \x01(\t\x12\x16\n\x0etokenizer_only\x18\x03 \x01(\x08\"\xe0\x02\n\rModelManifest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x03 \x01(\t\x12\x13\n\x0b\x63onfig_json\x18\x04 \x01(\t\x12/\n\x07tensors\x18\x05 \x03(\x0b\x32\x1e.plugmesh_proto.v1.TensorEntry\x12-\n\x06\x61ssets\x18\x06 \x03(\x0b\x32\x1d.plugmesh_proto.v1.AssetEntry\x12\x0e\n\x06\x66ormat\x18\x07 \x01(\t\x12\x0c\n\x04host\x18\x08 \x01(\t\x12\x13\n\x0bpublication\x18\t \x01(\x03\x12@\n\x08metadata\x18\n \x03(\x0b\x32..plugmesh_proto.v1.ModelManifest.MetadataEntry\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"z\n\x0bTensorEntry\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x03\x12\x0e\n\x06sha256\x18\x04 \x01(\t\x12\x11\n\tnum_bytes\x18\x05 \x01(\x03\x12\x0c\n\x04path\x18\x06 \x01(\t\x12\x0e\n\x06offset\x18\x07 \x01(\x03\"Y\n\nAssetEntry\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06sha256\x18\x02 \x01(\t\x12\x11\n\tnum_bytes\x18\x03 \x01(\x03\x12\x0c\n\x04path\x18\x04 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x05 \x01(\x0c\"B\n\rImportRequest\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x14\n\x0cmake_default\x18\x03 \x01(\x08\"x\n\x0eImportProgress\x12\r\n\x05phase\x18\x01 \x01(\t\x12\x12\n\ndone_bytes\x18\x02 \x01(\x03\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x03\x12.\n\x05model\x18\x04 \x01(\x0b\x32\x1f.plugmesh_proto.v1.ModelSummary\"Y\n\x0bPublishPart\x12\x32\n\x06header\x18\x01 \x01(\x0b\x32 .plugmesh_proto.v1.PublishHeaderH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"\xda\x02\n\rPublishHeader\x12\r\n\x05model\x18\x01 \x01(\t\x12\x14\n\x0c\x62\x61se_version\x18\x02 \x01(\t\x12\x33\n\x04kind\x18\x03 \x01(\x0e\x32%.plugmesh_proto.v1.PublishHeader.Kind\x12\x33\n\x07tensors\x18\x04 \x03(\x0b\x32\".plugmesh_proto.v1.PublishedTensor\x12@\n\x08metadata\x18\x05 \x03(\x0b\x32..plugmesh_proto.v1.PublishHeader.MetadataEntry\x12\x14\n\x0cmake_default\x18\x06 \x01(\x08\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"1\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\x08\n\x04\x46ULL\x10\x01\x12\t\n\x05\x44\x45LTA\x10\x02\"M\n\x0fPublishedTensor\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x03\x12\x0e\n\x06sha256\x18\x04 \x01(\t\"\x91\x01\n\x0cPublishReply\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x13\n\x0bpublication\x18\x03 \x01(\x03\x12\x16\n\x0ereceived_bytes\x18\x04 \x01(\x03\x12\x1a\n\x12num_reused_tensors\x18\x05 \x01(\x03\x12\x18\n\x10removed_versions\x18\x06 \x03(\t\"\xd3\x01\n\x10WeightsPublished\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x14\n\x0c\x62\x61se_version\x18\x03 \x01(\t\x12\x13\n\x0bpublication\x18\x04 \x01(\x03\x12\x43\n\x08metadata\x18\x05 \x03(\x0b\x32\x31.plugmesh_proto.v1.WeightsPublished.MetadataEntry\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"#\n\x12RemoveModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\'\n\x10RemoveModelReply\x12\x13\n\x0b\x66reed_bytes\x18\x01 \x01(\x03\"A\n\x0fReadBlobRequest\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x03\x12\x0e\n\x06length\x18\x03 \x01(\x03\")\n\tBlobPiece\x12\x0e\n\x06offset\x18\x01 \x01(\x03\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x32\xfa\x03\n\x0bWeightStore\x12V\n\nListModels\x12$.plugmesh_proto.v1.ListModelsRequest\x1a\".plugmesh_proto.v1.ListModelsReply\x12N\n\x07Resolve\x12!.plugmesh_proto.v1.ResolveRequest\x1a .plugmesh_proto.v1.ModelManifest\x12O\n\x06Import\x12 .plugmesh_proto.v1.ImportRequest\x1a!.plugmesh_proto.v1.ImportProgress0\x01\x12T\n\x06Remove\x12%.plugmesh_proto.v1.RemoveModelRequest\x1a#.plugmesh_proto.v1.RemoveModelReply\x12N\n\x08ReadBlob\x12\".plugmesh_proto.v1.ReadBlobRequest\x1a\x1c.plugmesh_proto.v1.BlobPiece0\x01\x12L\n\x07Publish\x12\x1e.plugmesh_proto.v1.PublishPart\x1a\x1f.plugmesh_proto.v1.PublishReply(\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'plugmesh_proto.v1.weightstore_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_MODELMANIFEST_METADATAENTRY']._loaded_options = None
+  _globals['_MODELMANIFEST_METADATAENTRY']._serialized_options = b'8\001'
+  _globals['_PUBLISHHEADER_METADATAENTRY']._loaded_options = None
+  _globals['_PUBLISHHEADER_METADATAENTRY']._serialized_options = b'8\001'
+  _globals['_WEIGHTSPUBLISHED_METADATAENTRY']._loaded_options = None
+  _globals['_WEIGHTSPUBLISHED_METADATAENTRY']._serialized_options = b'8\001'
   _globals['_LISTMODELSREQUEST']._serialized_start=58
   _globals['_LISTMODELSREQUEST']._serialized_end=77
   _globals['_MODELSUMMARY']._serialized_start=80
@@ -40,23 +46,41 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RESOLVEREQUEST']._serialized_start=363
   _globals['_RESOLVEREQUEST']._serialized_end=434
   _globals['_MODELMANIFEST']._serialized_start=437
-  _globals['_MODELMANIFEST']._serialized_end=653
-  _globals['_TENSORENTRY']._serialized_start=655
-  _globals['_TENSORENTRY']._serialized_end=777
-  _globals['_ASSETENTRY']._serialized_start=779
-  _globals['_ASSETENTRY']._serialized_end=868
-  _globals['_IMPORTREQUEST']._serialized_start=870
-  _globals['_IMPORTREQUEST']._serialized_end=936
-  _globals['_IMPORTPROGRESS']._serialized_start=938
-  _globals['_IMPORTPROGRESS']._serialized_end=1058
-  _globals['_REMOVEMODELREQUEST']._serialized_start=1060
-  _globals['_REMOVEMODELREQUEST']._serialized_end=1095
-  _globals['_REMOVEMODELREPLY']._serialized_start=1097
-  _globals['_REMOVEMODELREPLY']._serialized_end=1136
-  _globals['_READBLOBREQUEST']._serialized_start=1138
-  _globals['_READBLOBREQUEST']._serialized_end=1203
-  _globals['_BLOBPIECE']._serialized_start=1205
-  _globals['_BLOBPIECE']._serialized_end=1246
-  _globals['_WEIGHTSTORE']._serialized_start=1249
-  _globals['_WEIGHTSTORE']._serialized_end=1677
+  _globals['_MODELMANIFEST']._serialized_end=789
+  _globals['_MODELMANIFEST_METADATAENTRY']._serialized_start=742
+  _globals['_MODELMANIFEST_METADATAENTRY']._serialized_end=789
+  _globals['_TENSORENTRY']._serialized_start=791
+  _globals['_TENSORENTRY']._serialized_end=913
+  _globals['_ASSETENTRY']._serialized_start=915
+  _globals['_ASSETENTRY']._serialized_end=1004
+  _globals['_IMPORTREQUEST']._serialized_start=1006
+  _globals['_IMPORTREQUEST']._serialized_end=1072
+  _globals['_IMPORTPROGRESS']._serialized_start=1074
+  _globals['_IMPORTPROGRESS']._serialized_end=1194
+  _globals['_PUBLISHPART']._serialized_start=1196
+  _globals['_PUBLISHPART']._serialized_end=1285
+  _globals['_PUBLISHHEADER']._serialized_start=1288
+  _globals['_PUBLISHHEADER']._serialized_end=1634
+  _globals['_PUBLISHHEADER_METADATAENTRY']._serialized_start=742
+  _globals['_PUBLISHHEADER_METADATAENTRY']._serialized_end=789
+  _globals['_PUBLISHHEADER_KIND']._serialized_start=1585
+  _globals['_PUBLISHHEADER_KIND']._serialized_end=1634
+  _globals['_PUBLISHEDTENSOR']._serialized_start=1636
+  _globals['_PUBLISHEDTENSOR']._serialized_end=1713
+  _globals['_PUBLISHREPLY']._serialized_start=1716
+  _globals['_PUBLISHREPLY']._serialized_end=1861
+  _globals['_WEIGHTSPUBLISHED']._serialized_start=1864
+  _globals['_WEIGHTSPUBLISHED']._serialized_end=2075
+  _globals['_WEIGHTSPUBLISHED_METADATAENTRY']._serialized_start=742
+  _globals['_WEIGHTSPUBLISHED_METADATAENTRY']._serialized_end=789
+  _globals['_REMOVEMODELREQUEST']._serialized_start=2077
+  _globals['_REMOVEMODELREQUEST']._serialized_end=2112
+  _globals['_REMOVEMODELREPLY']._serialized_start=2114
+  _globals['_REMOVEMODELREPLY']._serialized_end=2153
+  _globals['_READBLOBREQUEST']._serialized_start=2155
+  _globals['_READBLOBREQUEST']._serialized_end=2220
+  _globals['_BLOBPIECE']._serialized_start=2222
+  _globals['_BLOBPIECE']._serialized_end=2263
+  _globals['_WEIGHTSTORE']._serialized_start=2266
+  _globals['_WEIGHTSTORE']._serialized_end=2772
 # @@protoc_insertion_point(module_scope)

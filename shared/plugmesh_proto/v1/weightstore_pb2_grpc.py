@@ -60,6 +60,11 @@ class WeightStoreStub:
                 request_serializer=plugmesh__proto_dot_v1_dot_weightstore__pb2.ReadBlobRequest.SerializeToString,
                 response_deserializer=plugmesh__proto_dot_v1_dot_weightstore__pb2.BlobPiece.FromString,
                 _registered_method=True)
+        self.Publish = channel.stream_unary(
+                '/plugmesh_proto.v1.WeightStore/Publish',
+                request_serializer=plugmesh__proto_dot_v1_dot_weightstore__pb2.PublishPart.SerializeToString,
+                response_deserializer=plugmesh__proto_dot_v1_dot_weightstore__pb2.PublishReply.FromString,
+                _registered_method=True)
 
 
 class WeightStoreServicer:
@@ -98,6 +103,14 @@ class WeightStoreServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Publish(self, request_iterator, context):
+        """New weights of a model that is here: a header, then the bytes of its tensors one after another. All of it becomes visible
+        at once, or nothing. Announced on the bus's topic "weights.published" (WeightsPublished). Over gRPC only.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WeightStoreServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -125,6 +138,11 @@ def add_WeightStoreServicer_to_server(servicer, server):
                     servicer.ReadBlob,
                     request_deserializer=plugmesh__proto_dot_v1_dot_weightstore__pb2.ReadBlobRequest.FromString,
                     response_serializer=plugmesh__proto_dot_v1_dot_weightstore__pb2.BlobPiece.SerializeToString,
+            ),
+            'Publish': grpc.stream_unary_rpc_method_handler(
+                    servicer.Publish,
+                    request_deserializer=plugmesh__proto_dot_v1_dot_weightstore__pb2.PublishPart.FromString,
+                    response_serializer=plugmesh__proto_dot_v1_dot_weightstore__pb2.PublishReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -263,6 +281,33 @@ class WeightStore:
             '/plugmesh_proto.v1.WeightStore/ReadBlob',
             plugmesh__proto_dot_v1_dot_weightstore__pb2.ReadBlobRequest.SerializeToString,
             plugmesh__proto_dot_v1_dot_weightstore__pb2.BlobPiece.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Publish(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/plugmesh_proto.v1.WeightStore/Publish',
+            plugmesh__proto_dot_v1_dot_weightstore__pb2.PublishPart.SerializeToString,
+            plugmesh__proto_dot_v1_dot_weightstore__pb2.PublishReply.FromString,
             options,
             channel_credentials,
             insecure,
