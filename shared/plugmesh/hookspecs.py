@@ -34,6 +34,10 @@
       | on_service_stopping
     a worker asks the experience table for rows (rollout)
         | Sampler.sample                   per batch           <- register_samplers
+    plugmesh rl run (rollout)
+        | WorkflowRecord.plan              per run             <- register_workflows
+        | Reward.score                     per response        <- register_rewards
+        | Loss.__call__                    per training step   <- register_losses
     plugmesh ab (tools)
         | WorkloadRecord.build             per round           <- register_workloads
         | QualityMetricRecord.observe      per side            <- register_quality_metrics
@@ -54,18 +58,21 @@ if TYPE_CHECKING:
     from plugmesh.records import (
         AdmissionRecord,
         DraftRecord,
-        GrammarEngineRecord,
         EvictionRecord,
+        GrammarEngineRecord,
         KvCodecRecord,
         KvHandOverRecord,
+        LossRecord,
         PrefillPolicyRecord,
         PromptFilterRecord,
         QualityMetricRecord,
+        RewardRecord,
         RouterRecord,
         SamplerRecord,
         SchedulerRecord,
         StrategyRecord,
         WeightFormatRecord,
+        WorkflowRecord,
         WorkloadRecord,
     )
 
@@ -331,4 +338,46 @@ def register_samplers(context: PluginContext) -> list[SamplerRecord]:
     Returns: records, or an empty list.
     Raising: stops the start with the plugin's name; an error in `build` or `Sampler.sample` costs that request a PluginError.
     Example: services/plugmesh_rollout/table/samplers.py
+    """
+
+
+@hookspec
+def register_workflows(context: PluginContext) -> list[WorkflowRecord]:
+    """Ways of running generation and training together: how far apart, and which rows train next.
+
+    Runs in: rollout.
+    When: at the start of `plugmesh rl run` and of each of its workers.  How often: once.
+    Combines: all lists are joined; the run's file names the one that it wants.
+    Arguments: context: the plugin's settings and facts of the process.
+    Returns: records, or an empty list.
+    Raising: stops the start with the plugin's name; an error in `plan` stops the run before anything is generated.
+    Example: plugins/plugmesh_asyncflow/plugin.py
+    """
+
+
+@hookspec
+def register_rewards(context: PluginContext) -> list[RewardRecord]:
+    """Verifiers that tell how good a response is.
+
+    Runs in: rollout.
+    When: at the start of a run's reward workers.  How often: once.
+    Combines: all lists are joined; the run's file names the one that it wants.
+    Arguments: context: the plugin's settings and facts of the process.
+    Returns: records, or an empty list.
+    Raising: stops the start with the plugin's name; an error in `Reward.score` ends the worker, and its rows go to another one.
+    Example: services/plugmesh_rollout/loop/rewards.py
+    """
+
+
+@hookspec
+def register_losses(context: PluginContext) -> list[LossRecord]:
+    """What a trainer minimises over responses, their rewards and the log-probabilities recorded at generation.
+
+    Runs in: rollout.
+    When: at the start of a run's trainer.  How often: once.
+    Combines: all lists are joined; the run's file names the one that it wants.
+    Arguments: context: the plugin's settings and facts of the process.
+    Returns: records, or an empty list.
+    Raising: stops the start with the plugin's name; an error in the loss ends the run, which can be resumed.
+    Example: services/plugmesh_rollout/loop/losses.py
     """

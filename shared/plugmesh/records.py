@@ -806,3 +806,93 @@ class SamplerRecord:
 
     name: str
     build: Callable[[Mapping[str, Any]], Sampler]
+
+
+class Loss(Protocol):
+    """What a trainer minimises. Called once per part of a batch and per pass over it, with gradients.
+
+    Attributes:
+        needs_proximal: Whether `proximal` is wanted, which costs a forward pass.
+    """
+
+    needs_proximal: bool
+
+    def __call__(self, logprobs: Any, batch: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """The part's share of the batch's loss (a scalar tensor), and sums over its tokens to report.
+
+        Args:
+            logprobs: (rows, longest response) tensor of the trainer's log-probabilities of the responses' tokens, with gradients.
+            batch: Of the same shape `behaviour` (recorded at generation), `mask` (tokens that are there), `proximal` (the trainer's at the start of the step) and
+                `reference`, where the run has them; `advantage` (rows,); `num_tokens` and `num_rows` of the whole batch.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class LossRecord:
+    """A loss. `build(options)` runs once per trainer; it raises InvalidRequest for options that make no sense."""
+
+    name: str
+    build: Callable[[Mapping[str, Any]], Loss]
+
+
+class Reward(Protocol):
+    """Tells how good a response is."""
+
+    def score(self, prompt: str, answer: str, response: str) -> float:
+        """Any finite number, more is better. Called per response in a reward worker; may take long, and the same arguments give the same number."""
+
+
+@dataclass(frozen=True, slots=True)
+class RewardRecord:
+    """A reward. `build(options)` runs once per reward worker; it raises InvalidRequest for options that make no sense."""
+
+    name: str
+    build: Callable[[Mapping[str, Any]], Reward]
+
+
+@dataclass(frozen=True, slots=True)
+class LoopShape:
+    """What a workflow must know of a run: rows of a group, groups of a training step, and the groups that all rollout workers together generate at a time."""
+
+    group_size: int
+    groups_per_step: int
+    groups_at_once: int = 1
+
+    @property
+    def batch_rows(self) -> int:
+        return self.group_size * self.groups_per_step
+
+
+@dataclass(frozen=True, slots=True)
+class LoopPlan:
+    """How the parts of a run stand to one another.
+
+    Attributes:
+        staleness: Versions that the weights that made a token may lie behind those that are trained with it.
+        is_gated: Admission holds prompts back so that at most (staleness + 1) * batch_rows rows are in flight.
+        capacity_rows: Rows that the table must be able to hold.
+        train_sampler, train_options: Choose the rows of a training step.
+        is_pinned: A group's weights follow from its number alone: those of version max(0, step - staleness), where step = number // groups_per_step. Then a
+            run is the same every time.
+        evicts: Rows that became too old are dropped, and their work with them.
+    """
+
+    staleness: int
+    is_gated: bool
+    capacity_rows: int
+    train_sampler: str
+    train_options: Mapping[str, Any] = field(default_factory=dict)
+    is_pinned: bool = False
+    evicts: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class WorkflowRecord:
+    """A way of running generation and training together.
+
+    `plan(options, shape)` runs once, before anything is started; it raises InvalidRequest for options that make no sense, and for a capacity with which the loop
+    would stop for ever.
+    """
+
+    name: str
+    plan: Callable[[Mapping[str, Any], LoopShape], LoopPlan]

@@ -21,6 +21,8 @@ from plugmesh.types import ModelConfig
 from plugmesh_engine.model.rope import rope_tables
 from plugmesh_engine.weights import check_shapes, llama_shapes
 
+TokenIds = Sequence[int] | np.ndarray
+
 
 class LlamaForTraining(nn.Module):
     """float32 parameters under their Hugging Face names.
@@ -102,7 +104,7 @@ def _attribute(name: str) -> str:
     return name.replace(".", "__")
 
 
-def token_logprobs(model: LlamaForTraining, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> tuple[torch.Tensor, torch.Tensor]:
+def token_logprobs(model: LlamaForTraining, rows: Sequence[tuple[TokenIds, TokenIds]]) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities (R, longest response) of responses under the model, and the mask (same shape) of what is not filling.
 
     Args:

@@ -36,7 +36,7 @@ def encode(text: str) -> list[int]:
         raise InvalidRequest(f"character {e.args[0]!r} is not in the vocabulary of the loop's tasks") from None
 
 
-def decode(token_ids: Sequence[int]) -> str:
+def decode(token_ids: Sequence[int] | np.ndarray) -> str:
     """Up to the first end token; a padding or begin token, which no answer has, becomes "\\0"."""
     text = []
     for t in token_ids:
@@ -95,7 +95,7 @@ def _of_text(letter: str, alphabet: str, answer: Callable[[str], str]) -> Callab
 
 def _reasoning_gym(options: Mapping[str, Any]) -> Make:
     try:
-        import reasoning_gym  # type: ignore[import-not-found, unused-ignore]  # optional
+        import reasoning_gym  # type: ignore[import-not-found]  # optional
     except ImportError as e:
         raise InvalidRequest("the task reasoning_gym needs the package of that name", param="task") from e
     options = dict(options)

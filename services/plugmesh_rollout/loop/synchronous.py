@@ -1,0 +1,79 @@
+"""The loop without a table, processes or overlap: what staleness 0 must equal bit for bit, and the shortest way to read what a run does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from plugmesh.records import Loss, Reward
+from plugmesh.types import ModelConfig
+from plugmesh_rollout.loop import model as models
+from plugmesh_rollout.loop import tasks
+from plugmesh_rollout.loop.losses import group_advantages
+from plugmesh_rollout.loop.policy import Policy, Sample, seed_of
+from plugmesh_rollout.loop.settings import Settings
+from plugmesh_rollout.loop.trainer import StepFacts, Trainer, TrainRow, warm_up
+
+
+def first_weights(settings: Settings) -> tuple[ModelConfig, dict[str, np.ndarray]]:
+    """Version 0: from the named file, or from scratch and warmed up. The same settings give the same ones."""
+    if settings.model.weights is not None:
+        return models.load_weights(settings.model.weights)
+    config, w = settings.model.config(), settings.warmup
+    tensors = models.fresh_weights(config, settings.run.seed)
+    if w.steps:
+        tensors = warm_up(config, tensors, examples_of(settings), steps=w.steps, rows=w.rows, lr=w.lr)
+    return config, tensors
+
+
+def examples_of(settings: Settings) -> tasks.Examples:
+    return tasks.Examples(settings.task.name, settings.task.options, settings.run.seed)
+
+
+def policy_of(settings: Settings, config: ModelConfig) -> Policy:
+    r = settings.rollout
+    return Policy(config, executor=r.executor, max_sequences=r.group_size * r.groups_at_once, max_len=config.max_position)
+
+
+def train_rows(group: int, prompt_ids: list[int], samples: list[Sample], rewards: list[float], settings: Settings) -> list[TrainRow]:
+    """Rows of one complete group."""
+    advantages = group_advantages(rewards, scale=settings.trainer.scale_advantages)
+    return [
+        TrainRow(group * len(samples) + i, np.array(prompt_ids, np.int32), s.token_ids, s.logprobs, s.versions, float(np.float32(a)), r)
+        for i, (s, r, a) in enumerate(zip(samples, rewards, advantages, strict=True))
+    ]
+
+
+def accuracy(policy: Policy, examples: tasks.Examples, num: int, max_tokens: int) -> float:
+    """Share of held-out examples that the policy's likeliest response answers."""
+    held_out = [examples.held_out(i) for i in range(num)]
+    found = policy.greedy([e.prompt_ids() for e in held_out], max_tokens)
+    return sum(tasks.decode(ids) == e.answer for ids, e in zip(found, held_out, strict=True)) / num
+
+
+def run_synchronous(
+    settings: Settings, loss: Loss, reward: Reward, on_step: Callable[[StepFacts, float | None], None] = lambda facts, accuracy: None
+) -> Trainer:
+    """Generates, scores and trains by turns, `settings.run.steps` times."""
+    config, tensors = first_weights(settings)
+    examples, r = examples_of(settings), settings.rollout
+    trainer = Trainer(config, tensors, settings.trainer, loss)
+    policy = policy_of(settings, config)
+    policy.load(0, tensors)
+    for step in range(settings.run.steps):
+        batch: list[TrainRow] = []
+        chosen = {f"g{g}": (g, examples.train(g)) for g in range(step * r.groups_per_step, (step + 1) * r.groups_per_step)}
+        for name, (g, example) in chosen.items():
+            policy.add(name, example.prompt_ids(), r.group_size, seed_of(settings.run.seed, g), max_tokens=r.max_tokens)
+        while policy.num_groups:
+            for name, _, samples in policy.step():
+                g, example = chosen[name]
+                rewards = [reward.score(example.prompt, example.answer, tasks.decode(s.token_ids)) for s in samples]
+                batch += train_rows(g, example.prompt_ids(), samples, rewards, settings)
+        facts = trainer.step(batch)
+        policy.load(trainer.step_number, trainer.model.arrays())
+        measure = settings.run.eval_every and facts.step % settings.run.eval_every == 0
+        on_step(facts, accuracy(policy, examples, settings.run.eval_examples, r.max_tokens) if measure else None)
+    policy.close()
+    return trainer
