@@ -16,11 +16,24 @@ from plugmesh_xgrammar.matcher import XgrammarMatcher
 from plugmesh_xgrammar.plugin import FORM, LIBRARY
 
 RAW = 0  # VocabType: tokens are the bytes that they stand for
-# Formats of structural tags whose meaning is their own; those that hold a schema or a dialect of another system are lowered before they get here.
-TAG_FORMATS = frozenset({
-    "const_string", "grammar", "regex", "any_text", "sequence", "or", "optional", "plus", "star", "repeat", "tag", "triggered_tags",
-    "tags_with_separator", "dispatch",
-})  # fmt: skip
+# Formats of structural tags that are enforced exactly, with their members; "*" marks formats within. What the library would leave out in silence is not here.
+# Formats that hold a schema are lowered before they get here. `max_tokens` is missing because the library's `accept` does not keep to it.
+TAG_FORMATS = {
+    "const_string": {"value"},
+    "any_text": {"excludes", "max_chars"},
+    "grammar": {"grammar"},
+    "regex": {"pattern"},
+    "sequence": {"elements*"},
+    "or": {"elements*"},
+    "optional": {"content*"},
+    "plus": {"content*"},
+    "star": {"content*"},
+    "repeat": {"min", "max", "content*"},
+    "tag": {"begin", "content*", "end"},
+    "triggered_tags": {"triggers", "tags*", "at_least_one", "stop_after_first", "excludes"},
+    "tags_with_separator": {"tags*", "separator", "at_least_one", "stop_after_first"},
+    "dispatch": {"rules", "loop", "excludes"},
+}
 
 
 class Compiled:
@@ -80,29 +93,46 @@ class XgrammarEngine:
 
 
 def _tag(source: str) -> str:
-    """A structural tag with its grammars and regular expressions read by us; refuses formats that the library enforces only in part."""
+    """A structural tag with its grammars and regular expressions read by us; refuses what the library enforces only in part, or leaves out."""
     try:
         tag = json.loads(source)
-        return json.dumps(_tag_node(tag))
+        if not isinstance(tag, dict) or set(tag) != {"type", "format"} or tag["type"] != "structural_tag":
+            raise UnsupportedGrammar('a structural tag has the members "type" and "format" and nothing else', keyword="structural_tag", path="")
+        return json.dumps({"type": "structural_tag", "format": _format(tag["format"], "/format")})
     except (ValueError, RecursionError) as e:
         raise UnsupportedGrammar("the structural tag is not valid JSON, or nested too deeply", keyword="structural_tag") from e
 
 
-def _tag_node(node: Any) -> Any:
-    if isinstance(node, list):
-        return [_tag_node(item) for item in node]
-    if not isinstance(node, dict):
-        return node
-    kind = node.get("type")
-    if isinstance(kind, str) and kind not in TAG_FORMATS and kind != "structural_tag":
-        raise UnsupportedGrammar(f"a structural tag's format {kind!r} cannot be enforced exactly", keyword=kind)
-    if kind == "grammar" and isinstance(node.get("grammar"), str):
-        return {**node, "grammar": to_gbnf(gbnf.parse(node["grammar"]))}
-    if kind == "regex" and isinstance(node.get("pattern"), str):
-        if set(node) != {"type", "pattern"}:
-            raise UnsupportedGrammar("a structural tag's regex has a pattern and nothing else", keyword="regex")
-        return {"type": "grammar", "grammar": to_gbnf(Grammar("root", {"root": regex.parse(node["pattern"])}))}
-    return {key: _tag_node(value) for key, value in node.items()}
+def _format(node: Any, path: str) -> Any:
+    kind = node.get("type") if isinstance(node, dict) else None
+    members = TAG_FORMATS.get(kind) if isinstance(kind, str) else None
+    if members is None:
+        raise UnsupportedGrammar(f"a structural tag's format {kind!r} cannot be enforced exactly", keyword=str(kind), path=path)
+    for name in node:
+        if name != "type" and name not in members and f"{name}*" not in members:
+            raise UnsupportedGrammar(f"{name!r} of a structural tag's {kind} is not known, or cannot be enforced exactly", keyword=name, path=f"{path}/{name}")
+    try:
+        if kind == "grammar" and isinstance(node.get("grammar"), str):
+            return {"type": "grammar", "grammar": to_gbnf(gbnf.parse(node["grammar"]))}
+        if kind == "regex" and isinstance(node.get("pattern"), str):
+            return {"type": "grammar", "grammar": to_gbnf(Grammar("root", {"root": regex.parse(node["pattern"])}))}
+    except UnsupportedGrammar as e:
+        e.fields.setdefault("path", path)
+        raise
+    if kind == "tag":
+        ends = node.get("end") if isinstance(node.get("end"), list) else [node.get("end")]
+        if not all(isinstance(text, str) for text in [node.get("begin"), *ends]):
+            raise UnsupportedGrammar("a tag's begin and end are texts", keyword="tag", path=path)
+    if kind == "dispatch" and isinstance(node.get("rules"), list):
+        rules = [[r[0], _format(r[1], f"{path}/rules/{i}/1")] if isinstance(r, list) and len(r) == 2 else r for i, r in enumerate(node["rules"])]
+        return {**node, "rules": rules}
+    return {name: _within(value, f"{path}/{name}") if f"{name}*" in members else value for name, value in node.items()}
+
+
+def _within(value: Any, path: str) -> Any:
+    if isinstance(value, list):
+        return [_format(item, f"{path}/{i}") for i, item in enumerate(value)]
+    return _format(value, path)
 
 
 def _first_line(error: BaseException) -> str:

@@ -100,15 +100,72 @@ def test_structural_tags_let_text_go_free_and_hold_what_is_inside_of_a_tag() -> 
     assert {v.token_bytes[t] for t in as_set(mask)} == {b")", b"))", b")))"}
 
 
-@pytest.mark.parametrize("format", [
-    {"type": "json_schema", "json_schema": {"type": "object", "minProperties": 2}},
-    {"type": "tag", "begin": "<", "content": {"type": "qwen_xml_parameter", "json_schema": {}}, "end": ">"},
+AB: dict[str, object] = {"type": "const_string", "value": "ab"}
+TAG: dict[str, object] = {"type": "tag", "begin": "<f>", "content": AB, "end": "</f>"}
+CALLS = {"type": "triggered_tags", "triggers": ["<f"], "tags": [TAG]}
+LISTED = {"type": "tags_with_separator", "tags": [TAG], "separator": ","}
+
+
+@pytest.mark.parametrize(("format", "inside", "outside"), [
+    (AB, ["ab"], ["", "a", "aba"]),
+    ({"type": "any_text"}, ["", "x\n"], []),
+    ({"type": "any_text", "excludes": ["<<"]}, ["a<b"], ["a<<"]),
+    ({"type": "any_text", "max_chars": 2}, ["", "ab"], ["aba"]),
+    ({"type": "grammar", "grammar": 'root ::= "a" root | "b"'}, ["b", "aab"], ["a"]),
+    ({"type": "regex", "pattern": "a+"}, ["aa"], ["", "b"]),
+    ({"type": "sequence", "elements": [AB, AB]}, ["abab"], ["ab"]),
+    ({"type": "or", "elements": [AB, {"type": "const_string", "value": "c"}]}, ["ab", "c"], ["abc"]),
+    ({"type": "optional", "content": AB}, ["", "ab"], ["abab"]),
+    ({"type": "plus", "content": AB}, ["ab", "abab"], [""]),
+    ({"type": "star", "content": AB}, ["", "abab"], ["aba"]),
+    ({"type": "repeat", "min": 1, "max": 2, "content": AB}, ["ab", "abab"], ["", "ababab"]),
+    ({"type": "repeat", "min": 1, "max": -1, "content": AB}, ["ababab"], [""]),
+    ({**TAG, "end": ["</f>", "."]}, ["<f>ab</f>", "<f>ab."], ["ab."]),
+    ({**TAG, "content": {"type": "any_text"}}, ["<f>a</b</f>"], ["<f>a", "<f>a</f>b"]),
+    (CALLS, ["", "x<b", "<f>ab</f>x<f>ab</f>"], ["<f>", "<fa"]),
+    ({**CALLS, "at_least_one": True}, ["<f>ab</f>x"], ["", "x<f>ab</f>"]),
+    ({**CALLS, "stop_after_first": True, "excludes": ["zz"]}, ["", "z<f>ab</f>"], ["zz", "<f>ab</f>x"]),
+    (LISTED, ["", "<f>ab</f>,<f>ab</f>"], ["<f>ab</f>,", "x"]),
+    ({**LISTED, "at_least_one": True, "stop_after_first": True}, ["<f>ab</f>"], ["", "<f>ab</f>,<f>ab</f>"]),
+    ({"type": "dispatch", "rules": [["!", AB]]}, ["", "x!ab!ab"], ["!a", "!x"]),
+    ({"type": "dispatch", "rules": [["!", AB]], "loop": False, "excludes": ["q"]}, ["x", "x!ab"], ["q", "!abx"]),
 ])  # fmt: skip
-def test_structural_tags_with_schemas_are_refused_with_the_format(format: dict[str, object]) -> None:
+def test_every_format_of_the_table_means_what_the_page_says(format: dict[str, object], inside: list[str], outside: list[str]) -> None:
+    """And each mask is what `accept` says of every token: docs/grammar.md, "Structural tags"."""
+    engine, v = XgrammarEngine(vocabulary()), vocabulary()
+    compiled = engine.load(engine.compile("structural_tag", json.dumps({"type": "structural_tag", "format": format})))
+    for text in [*inside, *outside]:
+        matcher, is_in = compiled.matcher(), True
+        for byte in text.encode():
+            mask = np.zeros(v.num_words, np.uint32)
+            allowed = set(range(v.vocab_size))
+            if matcher.fill(mask):
+                allowed = as_set(mask)
+            for token in (*range(0, v.vocab_size, 7), 4 + byte):
+                is_allowed = matcher.accept(token)
+                assert is_allowed == (token in allowed)
+                matcher.rollback(int(is_allowed))
+            if not (is_in := matcher.accept(4 + byte)):
+                break
+        assert (is_in and matcher.is_completed) == (text in inside), text
+
+
+@pytest.mark.parametrize(("format", "keyword", "path"), [
+    ({"type": "json_schema", "json_schema": {"type": "object", "minProperties": 2}}, "json_schema", "/format"),
+    ({**TAG, "content": {"type": "qwen_xml_parameter", "json_schema": {}}}, "qwen_xml_parameter", "/format/content"),
+    ({"type": "sequence", "elements": [AB, {"type": "token", "token": 7}]}, "token", "/format/elements/1"),
+    ({**TAG, "begin": {"type": "token", "token": 7}}, "tag", "/format"),
+    ({"type": "any_text", "max_tokens": 2}, "max_tokens", "/format/max_tokens"),
+    ({"type": "any_text", "min_chars": 2}, "min_chars", "/format/min_chars"),
+    ({"type": "regex", "pattern": "a", "excludes": ["a"]}, "excludes", "/format/excludes"),
+    ({"type": "dispatch", "rules": [["!", {"type": "any_tokens"}]]}, "any_tokens", "/format/rules/0/1"),
+    ({"value": "ab"}, "None", "/format"),
+])  # fmt: skip
+def test_formats_and_members_that_are_not_enforced_are_refused_with_their_place(format: dict[str, object], keyword: str, path: str) -> None:
     with pytest.raises(UnsupportedGrammar) as raised:
         XgrammarEngine(vocabulary()).compile("structural_tag", json.dumps({"type": "structural_tag", "format": format}))
 
-    assert raised.value.fields["keyword"] in ("json_schema", "qwen_xml_parameter")
+    assert (keyword, path) == (raised.value.fields["keyword"], raised.value.fields["path"])
 
 
 def test_loading_the_library_imports_neither_torch_nor_its_own_package() -> None:

@@ -223,6 +223,8 @@ def _structural_tag(tag: Any, limits: SchemaLimits, flexible: bool, relaxed: boo
         if value.get("type") == "json_schema" and "json_schema" in value:
             if value.get("style", "json") != "json":
                 _bad(f"the style {value['style']!r} of a schema is not supported", "json_schema", path)
+            for name in value.keys() - {"type", "json_schema", "style"}:  # they would be lost
+                _bad(f"{name!r} of a schema in a structural tag is not supported", name, f"{path}/{name}")
             try:
                 lowered = _schema(value["json_schema"], limits, flexible, relaxed)
             except UnsupportedGrammar as error:

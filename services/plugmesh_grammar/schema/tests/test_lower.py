@@ -171,6 +171,13 @@ def test_structural_tags_get_the_grammars_of_their_schemas() -> None:
     assert "/format/content/json_schema/multipleOf" == caught.value.fields["path"]
 
 
+@pytest.mark.parametrize(("name", "value"), [("any_order", True), ("excludes", ["x"]), ("max_whitespace_cnt", 1), ("style", "qwen_xml")])
+def test_what_a_structural_tag_says_beside_a_schema_is_not_lost_in_silence(name: str, value: object) -> None:
+    node = {"type": "json_schema", "json_schema": {"type": "integer"}, name: value}
+    with pytest.raises(UnsupportedGrammar, match=name):
+        lower(GrammarSpec("structural_tag", json.dumps({"type": "structural_tag", "format": node})))
+
+
 def test_format_can_be_an_annotation() -> None:
     lower(GrammarSpec("json_schema", '{"format": "made-up"}'), limits=SchemaLimits(enforce_format=False))
     assert not acceptor({"format": "ipv4", "type": "string"})(b'"1.2.3"')
