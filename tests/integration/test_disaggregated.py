@@ -23,8 +23,10 @@ from plugmesh.wire import layout_to_pb, sampling_to_pb
 from plugmesh_decode import config as decode_config
 from plugmesh_decode import service as decode_service
 from plugmesh_engine import EngineConfig, EngineRequest, build_engine
+from plugmesh_engine.constrained import Constraint
 from plugmesh_engine.speculate import Drafter
 from plugmesh_engine.testing import random_weights, run_to_end, tiny_config, write_manifest
+from plugmesh_engine.testing_grammar import PERSON, compile_small, small_vocabulary, text_of
 from plugmesh_kvstore import config as kv_config
 from plugmesh_kvstore import service as kv_service
 from plugmesh_prefill import config as prefill_config
@@ -204,6 +206,49 @@ async def test_an_end_token_as_first_token_ends_the_request_without_the_engine(r
 
     assert [[first]] == tokens(rows)
     assert 1 == rows[-1].usage.completion_tokens
+
+
+class OneGrammar:
+    """Names of people: stands in for the compiled grammars of a mesh."""
+
+    small = small_vocabulary()
+    vocabulary = dataclasses.replace(small, token_bytes=[*small.token_bytes, *[None] * (CONFIG.vocab_size - small.vocab_size)], vocab_size=CONFIG.vocab_size)
+    compiled = compile_small(PERSON, vocabulary)
+
+    async def get(self, use):
+        return Constraint(self.compiled, self.vocabulary)
+
+    async def close(self): ...
+
+
+@pytest.mark.parametrize("n", [1, 2])
+async def test_the_first_token_that_a_prefill_instance_sampled_without_the_grammar_is_not_used(rig, monkeypatch, n):
+    generator, first = rig.decode.service.generator, rig.alone(prompt(70), max_tokens=1)[0][0]
+    monkeypatch.setattr(generator, "_constraints", OneGrammar())
+    assert not OneGrammar.compiled.matcher().accept(first)
+    compute, told = generator.remote.compute, []
+
+    async def compute_and_tell(job, instance=""):
+        event = await compute(job, instance)
+        told.append([t.token_id for t in event.first_tokens])
+        return event
+
+    monkeypatch.setattr(generator.remote, "compute", compute_and_tell)
+    outputs = []
+    for remote in (True, False):
+        request = rig.request(f"r{remote}", prompt(70), remote=remote, ignore_eos=False, max_tokens=80, num_sequences=n)
+        request.grammar.key = "person"
+        rows = await rig.generate(request)
+        outputs.append(tokens(rows))
+        assert "remote" == rows[0].prefill or not remote
+        assert 0 == next(row.index for row in rows if row.tokens)
+
+    assert [[first] * n] == told
+    assert outputs[0] == outputs[1]
+    assert n == len(outputs[0])
+    for output in outputs[0]:
+        text = text_of(OneGrammar.vocabulary, output)
+        assert OneGrammar.compiled.matches(text), text
 
 
 async def test_one_token_is_enough(rig):
