@@ -58,6 +58,10 @@ def sample(
     Returns:
         None for a row without a finite maximum (NaN or infinity in the model's output).
     """
+    if best is not None and (settled := _settled(rows, best)):
+        rest = [i for i in range(len(rows)) if i not in settled]
+        others = iter(sample(logits[rest], [rows[i] for i in rest], choose, [best[i] for i in rest]) if rest else ())
+        return [TokenInfo(settled[i]) if i in settled else next(others) for i in range(len(rows))]
     # Before an edit hides it.
     spoiled = [i for i, r in enumerate(rows) if _edits(r) and (not np.isfinite(logits[i].max()) if best is None else best[i] < 0)]
     confidences = _confidences(logits, rows)  # of the model's own distribution: a bias or a mask would make any token look certain
@@ -74,6 +78,18 @@ def sample(
         if info is not None:
             infos[i] = TokenInfo(info.token_id, info.logprob, info.top, confidence)
     return infos
+
+
+def _settled(rows: Sequence[SampleRow], best: Sequence[int]) -> dict[int, int]:
+    """Row to token of greedy rows whose best token their grammar allows: nothing that is masked out can have been better. Mostly the model means to obey."""
+    found = {}
+    for i, (r, token) in enumerate(zip(rows, best, strict=True)):
+        p, mask = r.params, r.mask
+        if mask is None or token < 0 or p.temperature > 0 or p.logprobs or p.confidence_top_k or p.logit_bias or r.position < p.min_tokens or needs_counts(p):
+            continue
+        if int(mask[token >> 5]) >> (token & 31) & 1:
+            found[i] = token
+    return found
 
 
 def _confidences(logits: np.ndarray, rows: Sequence[SampleRow]) -> dict[int, float]:

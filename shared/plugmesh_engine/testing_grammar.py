@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -139,12 +138,11 @@ States = frozenset[Node]
 
 @dataclass(frozen=True, slots=True)
 class SmallGrammar:
-    """Implements `plugmesh.grammar.seams.CompiledGrammar`. `delay_s` is slept in every `fill`, without the interpreter's lock."""
+    """Implements `plugmesh.grammar.seams.CompiledGrammar`."""
 
     vocabulary: GrammarVocabulary
     start: States
     end: Node
-    delay_s: float = 0.0
     masks: dict[States, np.ndarray] = field(default_factory=dict)
 
     @property
@@ -159,10 +157,10 @@ class SmallGrammar:
         return self.end in walk(self.start, text)
 
 
-def compile_small(part: Part, vocabulary: GrammarVocabulary | None = None, *, delay_s: float = 0.0) -> SmallGrammar:
+def compile_small(part: Part, vocabulary: GrammarVocabulary | None = None) -> SmallGrammar:
     begin = Node()
     end = part(begin)
-    return SmallGrammar(vocabulary or small_vocabulary(), close_over([begin]), end, delay_s)
+    return SmallGrammar(vocabulary or small_vocabulary(), close_over([begin]), end)
 
 
 def close_over(nodes: Sequence[Node]) -> States:
@@ -197,8 +195,6 @@ class SmallMatcher:
         return not self.history[-1]
 
     def fill(self, mask: np.ndarray) -> bool:
-        if self.grammar.delay_s:
-            time.sleep(self.grammar.delay_s)
         states, v = self.history[-1], self.grammar.vocabulary
         if states not in self.grammar.masks:
             allowed = np.zeros(v.num_words * 32, bool)

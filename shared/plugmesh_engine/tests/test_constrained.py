@@ -480,25 +480,29 @@ def test_a_bad_matcher_at_the_start_is_told_to_the_caller(how):
 # -- beside the forward pass -------------------------------------------------------------------------------------------------------
 
 
-def test_masks_are_filled_while_the_model_computes():
-    """Both take 20 ms without the interpreter's lock. One after another that would be 40 a step."""
-    slow = compile_small(star(one_of(LETTERS)), delay_s=0.02)
-    engine = engine_of(jump_forward=False)
+def test_masks_are_filled_while_the_model_computes(monkeypatch):
+    """In every step mask and forward pass meet in the middle of both; one after another the first would wait in vain."""
+    middle = threading.Barrier(2)
+    fill, met = SmallMatcher.fill, []
+
+    def meeting_fill(self, mask):
+        met.append(middle.wait(30))
+        return fill(self, mask)
+
+    monkeypatch.setattr(SmallMatcher, "fill", meeting_fill)
+    engine = engine_of(jump_forward=False, grammar_timeout_s=60)
     run = engine._executor.run
 
-    def sleepy(*args):
-        time.sleep(0.02)
+    def meeting_run(*args):
+        met.append(middle.wait(30))
         return run(*args)
 
-    engine._executor.run = sleepy
-    # min_tokens keeps the end out, so that whether it is over needs no mask of its own; one letter at least is always open
-    sampling = dataclasses.replace(GREEDY, max_tokens=20)
-    grammar = dataclasses.replace(slow, end=type(slow.end)())  # never completed: only masks beside the pass
-    engine.add(ask("a", sampling, grammar))
-    began = time.perf_counter()
+    engine._executor.run = meeting_run
+    # never completed, so that whether it is over needs no mask of its own
+    grammar = compile_small(star(one_of(LETTERS)))
+    engine.add(ask("a", dataclasses.replace(GREEDY, max_tokens=20), dataclasses.replace(grammar, end=type(grammar.end)())))
     steps(engine)
-    per_step = (time.perf_counter() - began) / 20
-    assert 0.019 < per_step < 0.033
+    assert len(met) == 40 and sum(met) == 20  # a meeting gives one of them 0, the other 1
     assert engine.stats().num_masks_filled == 20
 
 

@@ -188,3 +188,31 @@ def test_kernels_choose_as_numpy_does(seed: int, num_rows: int, vocab: int, data
     good = np.flatnonzero(slow >= 0)
     for a, b in zip(sampler._kernels().logprobs_rows(logits[good], tokens[good], 3), sampler.logprobs_rows(logits[good], tokens[good], 3), strict=True):
         assert np.allclose(a, b, atol=1e-4)
+
+
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.98])
+def test_a_greedy_row_whose_best_token_is_allowed_needs_no_logits(share):
+    rng = np.random.default_rng(int(100 * share))
+    logits = rng.normal(size=(24, 96)).astype(np.float32)
+    logits[3] = np.nan
+    params = [
+        SamplingParams(temperature=0), SamplingParams(temperature=1.0, seed=1), SamplingParams(temperature=0, logprobs=True, top_logprobs=2),
+        SamplingParams(temperature=0, logit_bias={5: 9.0}), SamplingParams(temperature=0, presence_penalty=1.0), SamplingParams(temperature=0, min_tokens=50),
+    ]  # fmt: skip
+    rows = []
+    for i in range(len(logits)):
+        allowed = rng.random(96) < share
+        allowed[rng.integers(96)] = True
+        mask = None if i % 5 == 4 else np.packbits(allowed, bitorder="little").view("<u4").astype(np.uint32)
+        rows.append(SampleRow(params[i % len(params)], 7, i, 0, lambda: np.array([1]), {2: 1}, (0,), mask))
+    best = [int(x.argmax()) if np.isfinite(x).all() else -1 for x in logits]
+
+    wanted = sample(logits.copy(), rows)
+    given = sample(logits.copy(), rows, None, best)
+
+    assert given == wanted
+    assert wanted[3] is None
+    untouched = logits.copy()
+    greedy = [i for i in range(len(rows)) if i % len(params) == 0 and rows[i].mask is not None and wanted[i] is not None and best[i] == wanted[i].token_id]
+    assert len(greedy) > (0 if share > 0.3 else -1)
+    assert [i.token_id for i in sample(untouched[greedy] * 0, [rows[i] for i in greedy], None, [best[i] for i in greedy])] == [best[i] for i in greedy]
