@@ -17,6 +17,7 @@ from sqlalchemy.orm import Session, selectinload, sessionmaker
 
 from plugmesh.errors import InvalidRequest, NotFound
 from plugmesh.types import ModelConfig
+from plugmesh_weightstore import publications
 from plugmesh_weightstore.blobs import Blob
 from plugmesh_weightstore.database import connect, migrate
 from plugmesh_weightstore.tables import AliasRow, AssetRow, BlobRow, FormRow, ModelRow, PreferenceRow, TensorRow
@@ -96,11 +97,13 @@ class Catalogue:
     def add_model(
         self, config: ModelConfig, tensors: Sequence[StoredTensor], assets: Sequence[tuple[str, Blob]], *,
         source: str, name: str, license: str, num_parameters: int, alias: str = "", make_default: bool = False,
+        also: Callable[[Session, str], object] | None = None,
     ) -> StoredModel:  # fmt: skip
         """Makes a model visible with its form "source". The same content again only adds the alias.
 
         Args:
             alias: Moves to this version if another has it; empty: made from `name`, never taken from another version.
+            also: Called with the session and the version at the end of the transaction, which may be repeated.
         """
         version = content_version(config, tensors, assets)
 
@@ -120,6 +123,8 @@ class Catalogue:
             if make_default or session.get(PreferenceRow, _DEFAULT) is None:
                 session.merge(PreferenceRow(key=_DEFAULT, value=version))
             session.flush()
+            if also is not None:
+                also(session, version)
             session.expire_all()
             return self._stored(session, version)
 
@@ -189,6 +194,28 @@ class Catalogue:
 
         if not model:
             raise InvalidRequest("name the model to remove", param="model")
+        return self._writing(remove)
+
+    def publication(self, version: str) -> publications.Publication | None:
+        """The last publication of a version, if there was any; it counts as asked for from now on."""
+        with self._read.begin() as session:
+            found = publications.last_of(session, version)
+        if found is not None:
+            self._writing(lambda s: publications.touch(s, version))
+        return found
+
+    def remove_expendable(self, alias: str, keep: int, in_use: frozenset[str]) -> list[str]:
+        """Takes older publications of an alias out of sight; see `publications.expendable`. Their versions."""
+
+        def remove(session: Session) -> list[str]:
+            versions = publications.expendable(session, alias, keep, in_use, time.time())
+            for version in versions:
+                session.delete(session.get(ModelRow, version))
+            session.flush()
+            if versions:
+                self._forget_unused(session)
+            return versions
+
         return self._writing(remove)
 
     def referenced_blobs(self) -> set[str]:

@@ -24,4 +24,6 @@ class Settings(ServiceSettings):
     max_imports: int = pydantic.Field(2, ge=1, le=16)                # at the same time; more are refused
     max_calls: int = pydantic.Field(256, ge=1, le=4096)              # waiting or running, other than imports and reads
     max_readers: int = pydantic.Field(64, ge=1, le=1024)             # ReadBlob streams at the same time
+    max_published_versions: int = pydantic.Field(3, ge=1, le=1000)   # of one alias; older ones go unless somebody uses them
+    publish_idle_s: float = pydantic.Field(30.0, gt=0, le=600)       # a publisher that sends nothing for so long is given up
     inline_asset_bytes: int = pydantic.Field(64 << 10, ge=0, le=96 << 10)  # larger assets go by path or ReadBlob

@@ -16,9 +16,12 @@ import sqlalchemy as sa
 import sqlalchemy.exc
 import structlog
 
+from plugmesh.config import SERVICE_NAMES
 from plugmesh.errors import (
+    Cancelled,
     ConfigError,
     DataLoss,
+    DeadlineExceeded,
     InvalidRequest,
     NotFound,
     Overloaded,
@@ -36,12 +39,14 @@ from plugmesh_weightstore.config import Settings
 from plugmesh_weightstore.default_model import ensure_default
 from plugmesh_weightstore.importing import AllowedRoots, import_model, sweep
 from plugmesh_weightstore.measure import Measures
+from plugmesh_weightstore.publishing import Declared, Order, publish
 from plugmesh_weightstore.resolving import Resolver
 
 log = structlog.get_logger()
 
 FULL_NAME = "plugmesh_proto.v1.WeightStore"
 PIECE_BYTES = 1 << 20
+PUBLISHED_TOPIC = "weights.published"
 _INLINE_TOTAL_BYTES = 96 << 10  # of all assets together: a manifest must fit into a message of 256 KiB
 _PROGRESS_S = 0.1
 _FIRST_RETRY_S, _LAST_RETRY_S = 1.0, 60.0
@@ -90,6 +95,11 @@ class WeightStoreServicer(weightstore_pb2_grpc.WeightStoreServicer):
                 stop.set()  # where the client went away, the thread gives up at its next piece
             facts.update(model=_name(model), version=model.version, num_bytes=model.stored_bytes)
             yield pb.ImportProgress(phase="done", done_bytes=model.stored_bytes, total_bytes=model.stored_bytes, model=_summary(model))
+
+    async def Publish(self, request_iterator: AsyncIterator[pb.PublishPart], context: Any) -> pb.PublishReply:
+        with self._measures.call("Publish") as facts:
+            reply = await self._owner.publish(request_iterator, facts)
+            return reply
 
     async def Remove(self, request: pb.RemoveModelRequest, context: Any) -> pb.RemoveModelReply:
         with self._measures.call("Remove", model=request.model[:128]) as facts:
@@ -142,6 +152,7 @@ class WeightStoreService:
         self._limits = {"call": self._settings.max_calls, "import": self._settings.max_imports, "read": self._settings.max_readers}
         self._running = dict.fromkeys(self._limits, 0)
         self._imports: dict[asyncio.Task[StoredModel], threading.Event] = {}
+        self._coming: set[concurrent.futures.Future[pb.PublishPart | None]] = set()  # what publications wait for
         self._tasks: list[asyncio.Task[None]] = []
         self._default: StoredModel | None = None
         self._configured_version = ""
@@ -167,7 +178,7 @@ class WeightStoreService:
 
     def bindings(self) -> Sequence[Binding]:
         add = weightstore_pb2_grpc.add_WeightStoreServicer_to_server
-        return [Binding(add, WeightStoreServicer(self), FULL_NAME, grpc_only=frozenset({"ReadBlob"}))]
+        return [Binding(add, WeightStoreServicer(self), FULL_NAME, grpc_only=frozenset({"ReadBlob", "Publish"}))]
 
     async def drain(self, deadline_s: float) -> None:
         """Running calls end by themselves; imports that are not through by the deadline are given up."""
@@ -177,6 +188,8 @@ class WeightStoreService:
     async def stop(self) -> None:
         for stop in self._imports.values():
             stop.set()
+        for coming in list(self._coming):
+            coming.cancel()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, *self._imports, return_exceptions=True)
@@ -245,6 +258,10 @@ class WeightStoreService:
             model=_name(model), version=model.version, architecture=model.architecture, config_json=model.config_json,
             format=format, host=host_id(),
         )  # fmt: skip
+        publication = self.catalogue.publication(model.version)
+        if publication is not None:
+            out.publication = publication.number
+            out.metadata.update(publication.metadata)
         for t in [] if tokenizer_only else self.resolver.tensors(model, format):
             out.tensors.add(
                 name=t.name, dtype=t.dtype, shape=t.shape, sha256=t.blob.sha256, num_bytes=t.blob.num_bytes, path=str(self.blobs.path(t.blob.sha256))
@@ -279,6 +296,67 @@ class WeightStoreService:
         if request.make_default:
             self._default, self._default_error = model, None
         return model
+
+    async def publish(self, parts: AsyncIterator[pb.PublishPart], facts: dict[str, Any]) -> pb.PublishReply:
+        """See `weightstore.proto`. The publication goes on to its commit or its error even where the client went away meanwhile."""
+        order = order_of(await self._next_part(parts))
+        facts.update(model=order.model, num_tensors=len(order.tensors), metadata=dict(order.metadata))
+        loop = asyncio.get_running_loop()
+
+        def pieces() -> Iterator[bytes]:
+            # Pulled by the thread that stores them, one at a time: a slow disk slows the sender, and memory stays bounded.
+            while True:
+                coming = asyncio.run_coroutine_threadsafe(self._next_part(parts), loop)
+                self._coming.add(coming)
+                try:
+                    part = coming.result()
+                except concurrent.futures.CancelledError:
+                    raise Cancelled("the publication was cancelled") from None
+                finally:
+                    self._coming.discard(coming)
+                if part is None:
+                    return
+                if part.WhichOneof("part") != "data" or not part.data:
+                    raise InvalidRequest("after the header come bytes", param="data")
+                yield part.data
+
+        found = await self.run(
+            "import", lambda: publish(
+                order, pieces(), self.catalogue, self.blobs, max_bytes=self._settings.max_model_bytes, keep=self._settings.max_published_versions,
+                in_use=self._served_versions,
+            ),
+        )  # fmt: skip
+        if order.make_default:
+            self._default, self._default_error = found.model, None
+        if found.removed or found.num_reused:
+            self.tidy_up.set()
+        publication = found.publication
+        facts.update(version=publication.version, publication=publication.number, num_bytes=found.received_bytes)
+        if self._context.mesh is not None:
+            event = pb.WeightsPublished(
+                model=publication.alias, version=publication.version, base_version=publication.base_version, publication=publication.number,
+                metadata=publication.metadata,
+            )  # fmt: skip
+            with contextlib.suppress(PlugmeshError):  # the broker is away: followers also ask from time to time
+                await self._context.mesh.publish(PUBLISHED_TOPIC, event.SerializeToString())
+        return pb.PublishReply(
+            model=publication.alias, version=publication.version, publication=publication.number, received_bytes=found.received_bytes,
+            num_reused_tensors=found.num_reused, removed_versions=found.removed,
+        )  # fmt: skip
+
+    async def _next_part(self, parts: AsyncIterator[pb.PublishPart]) -> pb.PublishPart | None:
+        """None at the end of the stream. Raises DeadlineExceeded when nothing comes."""
+        try:
+            async with asyncio.timeout(self._settings.publish_idle_s):
+                return await anext(parts, None)
+        except TimeoutError:
+            raise DeadlineExceeded(f"the publisher sent nothing for {self._settings.publish_idle_s:g} s") from None
+
+    def _served_versions(self) -> frozenset[str]:
+        mesh = self._context.mesh
+        if mesh is None:
+            return frozenset()
+        return frozenset(i.weight_version for role in SERVICE_NAMES for i in mesh.instances(role, include_suspect=True) if i.role != "weightstore")
 
     def remove(self, name: str) -> int:
         model = self.catalogue.remove(name)
@@ -362,6 +440,17 @@ class WeightStoreService:
                 self.measures.blobs.set(num_blobs)
                 self.measures.blob_bytes.set(num_bytes)
                 self.measures.models.set(len(await self.in_thread(self.catalogue.list_models)))
+
+
+def order_of(part: pb.PublishPart | None) -> Order:
+    """The header of a publication, its numbers not checked yet. Raises InvalidRequest for anything else."""
+    if part is None or part.WhichOneof("part") != "header":
+        raise InvalidRequest("a publication begins with its header", param="header")
+    h = part.header
+    if h.kind not in (pb.PublishHeader.FULL, pb.PublishHeader.DELTA):
+        raise InvalidRequest("say whether all tensors come or those that changed", param="kind")
+    tensors = tuple(Declared(t.name, t.dtype, tuple(t.shape), t.sha256) for t in h.tensors)
+    return Order(h.model, h.base_version, h.kind == pb.PublishHeader.FULL, tensors, dict(h.metadata), h.make_default)
 
 
 def _name(model: StoredModel) -> str:

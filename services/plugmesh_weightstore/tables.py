@@ -82,6 +82,20 @@ class AssetRow(Base):
     num_bytes: Mapped[int] = mapped_column(BigInteger)
 
 
+class PublicationRow(Base):
+    """A version that a trainer published under an alias; the same version may come again."""
+
+    __tablename__ = "publications"
+    __table_args__ = {"sqlite_autoincrement": True}
+    number: Mapped[int] = mapped_column(Integer, primary_key=True)
+    version: Mapped[str] = mapped_column(ForeignKey("models.version", ondelete="CASCADE"), index=True)
+    alias: Mapped[str] = mapped_column(String(128))
+    base_version: Mapped[str] = mapped_column(String(64))
+    metadata_json: Mapped[str] = mapped_column(Text)
+    published_unix_s: Mapped[float] = mapped_column(Float)
+    resolved_unix_s: Mapped[float] = mapped_column(Float)
+
+
 class PreferenceRow(Base):
     """What holds for the whole catalogue; the key "default_model" holds a version."""
 

@@ -52,7 +52,7 @@ def test_tables_are_those_of_the_migrations(database_url: str) -> None:
     reader.dispose()
 
     assert differences == []
-    assert revision == "0001"
+    assert revision == "0002"
 
 
 def test_processes_that_start_together_migrate_once(database_url: str) -> None:
