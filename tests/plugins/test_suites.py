@@ -2,35 +2,44 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 import random
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import hypothesis
 import numpy as np
 import pytest
 
+from plugmesh.config import MeshConfig
+from plugmesh.errors import DataLoss, InvalidRequest, UnsupportedGrammar
+from plugmesh.host import PluginHost
 from plugmesh.records import (
     DraftRecord,
     EvictionRecord,
+    GrammarEngineRecord,
     HandOver,
     KvHandOverRecord,
     PrefillPolicyRecord,
     Route,
     RouterRecord,
+    SamplerRecord,
     SchedulerRecord,
 )
 from plugmesh.testing.conformance import (
     DraftConformance,
     EvictionConformance,
+    GrammarEngineConformance,
     KvHandOverConformance,
     PrefillPolicyConformance,
     RouterConformance,
+    SamplerConformance,
     SchedulerConformance,
     fidelity,
 )
+from plugmesh.testing.conformance.grammar_engine import vocabulary
 from plugmesh.testing.conformance.loads import CONFIG, Arrival, fake_engine, play
 from plugmesh.types import BLOCK_TOKENS
 from plugmesh_engine import EngineConfig, Executor, FcfsScheduler
@@ -43,8 +52,8 @@ def broken(suite: type, test: str, record: object, **arguments: Any) -> None:
     hypothesis.settings.register_profile("found-is-enough", deadline=None, phases=[hypothesis.Phase.generate])
     hypothesis.settings.load_profile("found-is-enough")
     try:
-        with pytest.raises((AssertionError, Exception)) as info:
-            getattr(suite(), test)(record, **arguments)
+        with pytest.raises((Exception, pytest.fail.Exception)) as info:
+            getattr(suite(), test)(record=record, **arguments)
     finally:
         hypothesis.settings.load_profile("plugmesh")
 
@@ -308,6 +317,408 @@ def test_recency_is_an_eviction_order_that_passes() -> None:
     suite.test_most_of_what_is_asked_for_all_the_time_stays(record)
     suite.test_blocks_that_left_are_forgotten(record)
     suite.test_it_does_not_hold_up_the_event_loop(record, 4999)
+
+
+# -- grammar engines -------------------------------------------------------------------------------------------------------
+
+
+class Passing:
+    """A matcher that does what the real one in it does; the broken ones below change a method each."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+
+    @property
+    def is_completed(self) -> bool:
+        return self.inner.is_completed
+
+    @property
+    def is_terminated(self) -> bool:
+        return self.inner.is_terminated
+
+    def fill(self, mask: np.ndarray) -> bool:
+        return self.inner.fill(mask)
+
+    def accept(self, token_id: int) -> bool:
+        return self.inner.accept(token_id)
+
+    def rollback(self, num_tokens: int) -> None:
+        self.inner.rollback(num_tokens)
+
+    def forced(self) -> bytes:
+        return self.inner.forced()
+
+    def fork(self) -> Any:
+        return type(self)(self.inner.fork())
+
+
+class OneBitOff(Passing):
+    def fill(self, mask):
+        narrows = self.inner.fill(mask)
+        mask[8] ^= 1 << 20
+        return narrows
+
+
+class AllowsEnds(Passing):
+    def fill(self, mask):
+        narrows = self.inner.fill(mask)
+        for token in vocabulary().eos_token_ids:
+            mask[token // 32] |= 0 if self.is_terminated else 1 << token % 32
+        return narrows
+
+
+class AcceptsEnds(Passing):
+    def accept(self, token_id):
+        return self.inner.accept(token_id) or token_id in vocabulary().eos_token_ids
+
+
+class SaysCompleted(Passing):
+    is_completed = True
+
+
+class NeverOver(Passing):
+    is_terminated = False
+
+
+class AcceptsMore(Passing):
+    def accept(self, token_id):
+        return self.inner.accept(token_id) or token_id == 4 + ord("%")
+
+
+class GoesOnWhenItRefuses(Passing):
+    def accept(self, token_id):
+        if not self.inner.accept(token_id):
+            self.inner.accept(4 + ord("a"))
+            return False
+        return True
+
+
+class OneBackTooFew(Passing):
+    def rollback(self, num_tokens):
+        self.inner.rollback(max(0, num_tokens - 1))
+
+
+class BackToTheBeginning(Passing):
+    num = 0
+
+    def accept(self, token_id):
+        is_allowed = self.inner.accept(token_id)
+        self.num += is_allowed
+        return is_allowed
+
+    def rollback(self, num_tokens):
+        self.inner.rollback(self.num if num_tokens else 0)
+        self.num = 0
+
+
+class ShortMemory(Passing):
+    def rollback(self, num_tokens):
+        if num_tokens > 128:
+            raise ValueError("too many to be taken back")
+        self.inner.rollback(num_tokens)
+
+
+class BackAsFarAsItGoes(Passing):
+    def rollback(self, num_tokens):
+        try:
+            self.inner.rollback(num_tokens)
+        except ValueError:
+            self.rollback(num_tokens - 1) if num_tokens > 0 else None
+
+
+class ForkIsItself(Passing):
+    def fork(self):
+        return self
+
+
+class ForcesMore(Passing):
+    def forced(self):
+        return self.inner.forced() + b"a"
+
+
+class ForcesNothing(Passing):
+    def forced(self):
+        return b""
+
+
+class GuidedEngine:
+    """A grammar engine around a real one, with matchers of ours."""
+
+    def __init__(self, inner: Any, matcher: type[Passing] = Passing) -> None:
+        self.inner, self._matcher = inner, matcher
+
+    def compile(self, language: str, source: str) -> bytes:
+        return self.inner.compile(language, source)
+
+    def load(self, compiled: bytes) -> Any:
+        return GuidedGrammar(self.inner.load(compiled), self._matcher)
+
+
+class GuidedGrammar:
+    def __init__(self, inner: Any, matcher: type[Passing]) -> None:
+        self.inner, self._matcher = inner, matcher
+
+    @property
+    def num_bytes(self) -> int:
+        return self.inner.num_bytes
+
+    def matcher(self) -> Passing:
+        return self._matcher(self.inner.matcher())
+
+
+class OneMatcher(GuidedEngine):
+    def load(self, compiled):
+        grammar = super().load(compiled)
+        only = grammar.matcher()
+        grammar.matcher = lambda: only
+        return grammar
+
+
+class Stamped(GuidedEngine):
+    num = 0
+
+    def compile(self, language, source):
+        Stamped.num += 1
+        return super().compile(language, source) + Stamped.num.to_bytes(4, "little")
+
+    def load(self, compiled):
+        return super().load(compiled[:-4])
+
+
+class Trusting(GuidedEngine):
+    """Takes what is no form for the last one that was."""
+
+    last: bytes = b""
+
+    def load(self, compiled):
+        try:
+            found = super().load(compiled)
+            Trusting.last = compiled
+            return found
+        except DataLoss:
+            return super().load(Trusting.last)
+
+
+class AnyTokenizer(GuidedEngine):
+    def __init__(self, inner: Any) -> None:
+        super().__init__(real_engine().build(vocabulary()))
+
+
+class RaisesAnything(GuidedEngine):
+    def load(self, compiled):
+        try:
+            return super().load(compiled)
+        except DataLoss as e:
+            raise ValueError("no form") from e
+
+
+class Lenient(GuidedEngine):
+    def compile(self, language, source):
+        try:
+            return super().compile(language, source)
+        except UnsupportedGrammar:
+            return super().compile("regex", "a")
+
+
+class Leaking(GuidedEngine):
+    kept: ClassVar[list[object]] = []
+
+    def load(self, compiled):
+        self.kept.append(bytearray(b"x" * (1 << 20)))
+        return super().load(compiled)
+
+
+def real_engine() -> GrammarEngineRecord:
+    pytest.importorskip("llguidance")
+    return PluginHost.load(["llguidance"], MeshConfig(), service="decode").records("grammar_engines")[0]
+
+
+def engines(of: type[Any]) -> GrammarEngineRecord:
+    real = real_engine()
+
+    def build(v: Any) -> Any:
+        return GuidedEngine(real.build(v), of) if issubclass(of, Passing) else of(real.build(v))
+
+    return dataclasses.replace(real, build=build)
+
+
+class FewExamples(GrammarEngineConformance):
+    max_examples = 6
+    num_loads = 2
+
+
+MASKS = "test_masks_are_those_of_trying_every_token"
+BACK = "test_going_back_forking_and_repeating_leave_no_trace"
+END = "test_after_an_end_nothing_comes_until_it_is_taken_back"
+FAR_BACK = "test_many_tokens_can_be_taken_back_and_no_more_than_there_are"
+NO_FORM = "test_bytes_that_are_no_form_are_refused"
+BROKEN_ENGINES: list[tuple[type, str, dict[str, Any]]] = [
+    (OneBitOff, MASKS, {"case": "a class"}),
+    (AllowsEnds, MASKS, {"case": "one text"}),
+    (AcceptsEnds, MASKS, {"case": "one text"}),
+    (AcceptsEnds, END, {}),
+    (SaysCompleted, MASKS, {"case": "one text"}),
+    (NeverOver, END, {}),
+    (AcceptsMore, MASKS, {"case": "counts"}),
+    (GoesOnWhenItRefuses, MASKS, {"case": "counts"}),
+    (OneMatcher, MASKS, {"case": "one text"}),
+    (OneBackTooFew, BACK, {"case": "an object"}),
+    (OneBackTooFew, END, {}),
+    (BackToTheBeginning, BACK, {"case": "counts"}),
+    (ForkIsItself, BACK, {"case": "an object"}),
+    (ShortMemory, FAR_BACK, {}),
+    (BackAsFarAsItGoes, FAR_BACK, {}),
+    (ForcesMore, "test_forced_bytes_are_what_must_come", {"case": "an object"}),
+    (ForcesNothing, "test_a_text_without_choice_is_forced_as_a_whole", {}),
+    (Stamped, "test_compiling_gives_the_same_bytes_in_every_process", {"card": None}),
+    (Trusting, NO_FORM, {}),
+    (RaisesAnything, NO_FORM, {}),
+    (AnyTokenizer, "test_a_form_is_good_for_another_engine_of_the_same_tokenizer_only", {}),
+    (Lenient, "test_what_is_no_grammar_is_refused_and_harms_nobody", {"language": "regex", "source": "("}),
+    (Leaking, "test_memory_is_released", {}),
+]
+
+
+@pytest.mark.parametrize(("engine", "test", "arguments"), BROKEN_ENGINES, ids=lambda x: getattr(x, "__name__", None))
+def test_a_broken_grammar_engine_is_seen(engine: type, test: str, arguments: dict[str, Any]) -> None:
+    record = engines(engine)
+    broken(FewExamples, test, record, engine=record.build(vocabulary()), **arguments)
+
+
+@pytest.mark.parametrize(("test", "arguments"), [(t, a) for _, t, a in BROKEN_ENGINES if "card" not in a], ids=lambda x: None if isinstance(x, str) else "")
+def test_the_engine_that_the_broken_ones_are_made_of_passes(test: str, arguments: dict[str, Any]) -> None:
+    record = engines(Passing)
+    getattr(FewExamples(), test)(record=record, engine=record.build(vocabulary()), **arguments)
+
+
+# -- samplers --------------------------------------------------------------------------------------------------------------
+
+
+class Groups:
+    """The first whole groups: correct."""
+
+    def sample(self, ready, batch_size, context):
+        rows = self.choose(ready, batch_size, context)
+        return rows, rows
+
+    def choose(self, ready, batch_size, context):
+        if batch_size % context.group_size:
+            raise InvalidRequest("no whole number of groups")
+        groups: dict[str, list[int]] = {}
+        for row in ready:
+            groups.setdefault(row.group or row.id, []).append(row.index)
+        whole = [g for g in groups.values() if len(g) == context.group_size][: batch_size // context.group_size]
+        rows = [i for group in whole for i in group]
+        return rows if len(rows) >= context.min_rows else []
+
+
+class Twice(Groups):
+    def choose(self, ready, batch_size, context):
+        return (super().choose(ready, batch_size, context)[:1] * 2)[:batch_size]
+
+
+class HandsOutTwice(Groups):
+    def sample(self, ready, batch_size, context):
+        rows = self.choose(ready, batch_size, context)
+        return (rows[:1] * batch_size), rows[:1]
+
+
+class Invents(Groups):
+    def sample(self, ready, batch_size, context):
+        rows = self.choose(ready, batch_size, context)
+        return [i + 1000 for i in rows], rows
+
+
+class Again(Groups):
+    """Goes on with rows that it has handed out."""
+
+    had: list[int] | None = None
+
+    def choose(self, ready, batch_size, context):
+        self.had = self.had or super().choose(ready, batch_size, context)
+        return self.had
+
+
+class Generous(Groups):
+    def choose(self, ready, batch_size, context):
+        return super().choose(ready, batch_size + context.group_size, context)
+
+
+class Swallows(Groups):
+    def sample(self, ready, batch_size, context):
+        return [], self.choose(ready, batch_size, context)
+
+
+class HalfGroups(Groups):
+    def choose(self, ready, batch_size, context):
+        return super().choose(ready, batch_size, context)[1:]
+
+
+class Sorts(Groups):
+    def choose(self, ready, batch_size, context):
+        ready.sort(key=lambda row: -row.index)
+        return super().choose(ready, batch_size, context)
+
+
+class Shuffles(Groups):
+    dice = random.Random(0)
+
+    def choose(self, ready, batch_size, context):
+        return super().choose(self.dice.sample(list(ready), len(ready)), batch_size, context)
+
+
+class SharedRows(Groups):
+    taken: ClassVar[set[int]] = set()
+
+    def choose(self, ready, batch_size, context):
+        rows = super().choose([row for row in ready if row.index not in self.taken], batch_size, context)
+        self.taken.update(rows)
+        return rows
+
+
+class NeverAgain(Groups):
+    def __init__(self) -> None:
+        self.taken: set[int] = set()
+
+    def choose(self, ready, batch_size, context):
+        rows = super().choose([row for row in ready if row.index not in self.taken], batch_size, context)
+        self.taken.update(rows)
+        return rows
+
+
+class NeedsOne(Groups):
+    def choose(self, ready, batch_size, context):
+        assert ready[0].index >= 0
+        return super().choose(ready, batch_size, context)
+
+
+class Pauses(Groups):
+    def choose(self, ready, batch_size, context):
+        time.sleep(0.3)
+        return super().choose(ready, batch_size, context)
+
+
+class WholeGroups(SamplerConformance):
+    keeps_groups = True
+
+
+ANY_ROWS = "test_whatever_is_ready_it_takes_rows_of_it_and_each_once"
+
+
+@pytest.mark.parametrize(("sampler", "test"), [
+    (Twice, ANY_ROWS), (HandsOutTwice, ANY_ROWS), (Invents, ANY_ROWS), (Again, ANY_ROWS), (Generous, ANY_ROWS), (Swallows, ANY_ROWS), (HalfGroups, ANY_ROWS),
+    (Sorts, ANY_ROWS), (Shuffles, "test_the_same_rows_give_the_same_batch"), (SharedRows, "test_two_topics_do_not_share_state"),
+    (NeverAgain, "test_rows_that_come_back_are_handed_out_again"), (NeedsOne, "test_nothing_ready_is_no_batch"), (Pauses, "test_it_is_quick_with_many_rows"),
+])  # fmt: skip
+def test_a_broken_sampler_is_seen(sampler: type, test: str) -> None:
+    broken(WholeGroups, test, SamplerRecord("broken", lambda options: sampler()))
+
+
+def test_the_sampler_that_the_broken_ones_are_made_of_passes() -> None:
+    suite, record = WholeGroups(), SamplerRecord("groups", lambda options: Groups())
+    for name in dir(suite):
+        if name.startswith("test_") and name not in dir(SamplerConformance.__mro__[1]):
+            getattr(suite, name)(record)
 
 
 # -- fidelity ----------------------------------------------------------------------------------------------------------------

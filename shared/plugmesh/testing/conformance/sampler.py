@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -45,8 +45,8 @@ class SamplerConformance(RecordConformance):
     keeps_groups: ClassVar[bool] = False
     max_examples: ClassVar[int] = 60
 
-    def ask(self, sampler: Sampler, ready: Sequence[ReadyRow], batch_size: int, context: SampleContext) -> list[int]:
-        """An answer that the table would accept; a typed refusal counts as none."""
+    def ask(self, sampler: Sampler, ready: Sequence[ReadyRow], batch_size: int, context: SampleContext, earlier: Collection[int] = ()) -> list[int]:
+        """The rows taken by an answer that the table would accept, `earlier` ones having been taken before; a typed refusal counts as none."""
         before = list(ready)
         try:
             sampled, consumed = sampler.sample(ready, batch_size, context)
@@ -58,6 +58,8 @@ class SamplerConformance(RecordConformance):
         assert len(set(consumed)) == len(consumed), "it takes a row twice"
         assert bool(sampled) or not consumed, "it takes rows and hands none out"
         assert len(sampled) <= batch_size
+        assert len(set(sampled)) == len(sampled), "it hands a row out twice"
+        assert set(sampled) <= here | set(earlier), "it hands out rows that were never ready"
         if self.keeps_groups and sampled and context.group_size > 1:
             groups = {row.group: {r.index for r in ready if r.group == row.group} for row in ready if row.index in sampled}
             assert all(len(g) == context.group_size and g <= set(sampled) for g in groups.values()), "a group is handed out in part"
@@ -80,7 +82,7 @@ class SamplerConformance(RecordConformance):
                     "t", "train", group_size, data.draw(st.integers(1, batch)), None if latest is None else 4, latest, batch_rows=batch,
                     rank=data.draw(st.integers(0, ranks - 1)), num_ranks=ranks, batch_index=number,
                 )  # fmt: skip
-                consumed = set(self.ask(sampler, left, batch, context))
+                consumed = set(self.ask(sampler, left, batch, context, taken))
                 assert not consumed & taken, "it takes a row that was taken"
                 taken |= consumed
                 left = [row for row in left if row.index not in consumed]
