@@ -35,4 +35,8 @@ class Settings(ServiceSettings):
     jump_forward: bool = True                                 # append text that a grammar forces without a forward pass for each token
     grammar_timeout_s: float = pydantic.Field(1.0, gt=0, le=60)  # a matcher that takes longer for one step costs its request
     max_grammar_bytes: int = pydantic.Field(64 << 20, ge=1 << 20)  # compiled grammars that are kept in memory
+    follow_model: str = pydantic.Field("", max_length=128)    # go over to what is published under this name in the weightstore; empty: do not
+    follow_mode: Literal["finish", "continue", "abort"] = "finish"  # what becomes of requests that run then; see SwapWeights
+    follow_poll_s: float = pydantic.Field(30.0, gt=0, le=3600)  # ask this often, should a notification be lost
+    swap_timeout_s: float = pydantic.Field(60.0, gt=0, le=3600)  # what runs may take to end before a swap that waits for it is given up
     max_session_rows: int = pydantic.Field(65536, ge=16)      # rows a slow consumer may leave unread

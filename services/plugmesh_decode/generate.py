@@ -29,7 +29,7 @@ from plugmesh.kv.stores import KvStores
 from plugmesh.mesh.api import Mesh
 from plugmesh.records import PrefillPolicyRecord
 from plugmesh.tracing import TRACING, Span
-from plugmesh.types import BLOCK_TOKENS, FinishReason, SamplingParams, TokenInfo, Usage, block_chain
+from plugmesh.types import BLOCK_TOKENS, FinishReason, KvLayout, SamplingParams, TokenInfo, Usage, block_chain
 from plugmesh.wire import (
     error_to_pb,
     finish_to_pb,
@@ -78,7 +78,7 @@ class Generation:
     resume_finished: tuple[bool, ...] = ()
     num_cached_tokens: int | None = None        # as the prefill instance reports it
     num_generated: int = 0
-    announced: set[int] = field(default_factory=set)  # sequences whose first row left
+    told: dict[int, str] = field(default_factory=dict)  # weight version of each sequence's last row
     finished: set[int] = field(default_factory=set)
     pins: list[tuple[KvClient, list[BlockRef]]] = field(default_factory=list)
     task: asyncio.Task[None] | None = None
@@ -103,6 +103,7 @@ class Generator:
     ) -> None:
         self.mesh, self.settings, self.plugins, self.stores, self.policy = mesh, settings, plugins, stores, policy
         self.layout = engine.layout
+        self.epochs: dict[str, int] = {}  # of weight versions that were published
         self.driver = EngineDriver(engine, self._on_step, self._on_engine_failure)
         self.remote = RemotePrefill(mesh, settings.remote_prefill_timeout_s)
         self.is_draining = False
@@ -111,7 +112,7 @@ class Generator:
         self._model = engine.model.config
         self._max_len = engine.max_model_len
         self._is_filtered = engine.is_filtered
-        self._names = names
+        self.names = names
         self._live: dict[str, Generation] = {}
         self._idle = asyncio.Event()
         self._idle.set()
@@ -145,8 +146,8 @@ class Generator:
             raise InvalidRequest("request_id is empty", param="request_id")
         if request.request_id in self._live or request.request_id in self.held:
             raise AlreadyExists(f"request {request.request_id} is running or held here", param="request_id")
-        if request.model not in self._names:
-            raise NotFound(f"model {request.model!r} is not served here; it serves {', '.join(sorted(n for n in self._names if n))}", param="model")
+        if request.model not in self.names:
+            raise NotFound(f"model {request.model!r} is not served here; it serves {', '.join(sorted(n for n in self.names if n))}", param="model")
         is_fork = request.HasField("fork")
         if not request.token_ids and not is_fork:
             raise InvalidRequest("the prompt is empty", param="token_ids")
@@ -176,7 +177,7 @@ class Generator:
             g.grammar = asyncio.create_task(self._constraints.get(g.request.grammar))
         try:
             if g.request.HasField("fork"):
-                await self._submit(g, ())
+                await self._submit(g, (), self.layout)
             elif await self._wants_remote(g):
                 await self._prefill_remotely(g)
             else:
@@ -211,19 +212,19 @@ class Generator:
 
     async def _prefill_locally(self, g: Generation) -> None:
         sources: list[KvSource] = []
-        ids = g.request.token_ids
+        ids, layout = g.request.token_ids, self.layout
         is_read_whole = g.extra is not NOTHING or not self._is_filtered(len(ids))
         if self.stores is not None and is_read_whole and not g.request.no_prefix_cache and len(ids) > BLOCK_TOKENS and self.stores.nearest():
-            chain = block_chain(self.layout.key(), ids[: len(ids) - 1])
+            chain = block_chain(layout.key(), ids[: len(ids) - 1])
             if self.driver.cached_prefix(ids) < len(chain) * BLOCK_TOKENS:
                 sources = await self._pin(g, chain, len(ids))
-        await self._submit(g, sources)
+        await self._submit(g, sources, layout)
 
     async def _prefill_remotely(self, g: Generation) -> None:
-        request = g.request
+        request, layout = g.request, self.layout
         job = prefill_pb2.PrefillJob(
-            job_id=f"{request.request_id}@{self.mesh.self_info.incarnation}", request_id=request.request_id, model=self.layout.model,
-            token_ids=request.token_ids, sampling=request.sampling, layout=layout_to_pb(self.layout),
+            job_id=f"{request.request_id}@{self.mesh.self_info.incarnation}", request_id=request.request_id, model=layout.model,
+            token_ids=request.token_ids, sampling=request.sampling, layout=layout_to_pb(layout),
             deadline_unix_s=request.deadline_unix_s or time.time() + 600, reply_instance=self.mesh.self_info.instance_id,
             reply_incarnation=self.mesh.self_info.incarnation, trace=g.span.carrier,
         )
@@ -238,14 +239,14 @@ class Generator:
         g.num_cached_tokens = event.num_cached_tokens
         tokens = [token_from_pb(t) for t in event.first_tokens]
         if len(tokens) == g.sampling.num_sequences and g.grammar is None:  # they were sampled without the grammar
-            self._emit_first(g, tokens)
+            self._emit_first(g, tokens, layout.model)
             if g.request.request_id not in self._live:
                 return
-        chain = block_chain(self.layout.key(), request.token_ids, tail=True)
+        chain = block_chain(layout.key(), request.token_ids, tail=True)
         sources = await self._pin(g, chain, len(request.token_ids), store=event.store_instance)
         if sum(s.num_tokens for s in sources) < len(request.token_ids):
             log.info("decode.prefill_blocks_missing", request_id=request.request_id, num_found=len(sources), num_wanted=len(chain))
-        await self._submit(g, sources)
+        await self._submit(g, sources, layout)
 
     async def _pin(self, g: Generation, chain: Sequence[bytes], num_tokens: int, store: str = "") -> list[KvSource]:
         assert self.stores is not None
@@ -262,12 +263,12 @@ class Generator:
             KvSource(ref.block_id, min(BLOCK_TOKENS, num_tokens - i * BLOCK_TOKENS), ref.data) for i, ref in enumerate(refs)
         ]
 
-    async def _submit(self, g: Generation, sources: Sequence[KvSource]) -> None:
+    async def _submit(self, g: Generation, sources: Sequence[KvSource], layout: KvLayout) -> None:
         grammar = await g.grammar if g.grammar is not None else None
         g.in_engine = True
         request = EngineRequest(
             request_id=g.request.request_id, token_ids=tuple(g.request.token_ids), sampling=g.sampling, priority=g.request.priority,
-            kv=tuple(sources), resume=g.resume, resume_finished=g.resume_finished, use_prefix_cache=not g.request.no_prefix_cache,
+            kv=tuple(sources), kv_layout=layout.key(), resume=g.resume, resume_finished=g.resume_finished, use_prefix_cache=not g.request.no_prefix_cache,
             hold=g.request.hold, score=g.extra.score, taps=g.extra.taps, tap_from=g.extra.tap_from, max_total_tokens=g.request.max_total_tokens,
             grammar=grammar,
         )
@@ -282,7 +283,7 @@ class Generator:
 
     # 3. Rows out
 
-    def _emit_first(self, g: Generation, tokens: Sequence[TokenInfo]) -> None:
+    def _emit_first(self, g: Generation, tokens: Sequence[TokenInfo], version: str) -> None:
         """First tokens that a prefill instance sampled leave before their KV is here."""
         reasons = [first_finish(t.token_id, g.sampling, self._model.eos_token_ids, len(g.request.token_ids), self._max_len) for t in tokens]
         g.resume = tuple((t.token_id,) for t in tokens)
@@ -299,7 +300,7 @@ class Generator:
         ]
         frame = pb.TokenFrame()
         for e in events:
-            self._fill_row(g, e, frame.rows.add())
+            self._fill_row(g, e, frame.rows.add(), version)
         self._counters.tokens.inc(len(events))
         g.session.put_frame(frame)
         if all_done:
@@ -320,7 +321,7 @@ class Generator:
             frame = frames.get(g.session)
             if frame is None:
                 frame = frames[g.session] = pb.TokenFrame(step=output.step)
-            self._fill_row(g, event, frame.rows.add())
+            self._fill_row(g, event, frame.rows.add(), output.weight_version)
             num_tokens += len(event.tokens)
             if event.request_done:
                 ended.append((g, "error" if event.error else event.finish_reason.value if event.finish_reason else "stop"))
@@ -338,7 +339,7 @@ class Generator:
             if g_imported is not None:
                 self._unpin(g_imported)
 
-    def _fill_row(self, g: Generation, event: TokenEvent, row: pb.TokenRow) -> None:
+    def _fill_row(self, g: Generation, event: TokenEvent, row: pb.TokenRow, version: str) -> None:
         """Runs for every sequence in every step: fields that keep their default are not touched, and nothing is copied."""
         row.request_id = event.request_id
         if event.sequence:
@@ -353,9 +354,12 @@ class Generator:
             for token_id, logprob in token.top:
                 info.top.add(token_id=token_id, logprob=logprob)
         g.num_generated += len(event.tokens)
-        if event.sequence not in g.announced:
-            g.announced.add(event.sequence)
-            row.prefill, row.weight_version = g.prefill, self.layout.model
+        told_before = g.told.get(event.sequence, "")
+        if told_before != version:
+            g.told[event.sequence] = row.weight_version = version
+            row.weight_epoch = self.epochs.get(version, 0)
+            if not told_before:
+                row.prefill = g.prefill
         if event.finish_reason is not None:
             told = event.sequence in g.finished and not event.tokens  # it left with a first token, or came finished
             if not told or event.error is not None:
@@ -370,6 +374,12 @@ class Generator:
             row.usage.CopyFrom(usage_to_pb(usage))
 
     # 4. Ends
+
+    def fail_unbegun(self, model: str, error: PlugmeshError) -> None:
+        """Ends requests that named a model and of which nothing was told yet."""
+        for g in list(self._live.values()):
+            if g.request.model == model and not g.told and not g.request.resume:
+                self._fail(g, error)
 
     def cancel(self, session: Session, command: pb.CancelRequest) -> None:
         """Cancels a request of this session, or one of its sequences. Unknown or foreign ids are ignored: it may just have ended."""

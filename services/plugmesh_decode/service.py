@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ import grpc
 import prometheus_client
 import structlog
 
-from plugmesh.errors import Unavailable
+from plugmesh.errors import InvalidRequest, NotFound, Unavailable
 from plugmesh.hookspecs import hookimpl
 from plugmesh.kv.stores import KvStores
 from plugmesh.mesh.api import Binding, ServiceContext
@@ -24,15 +25,21 @@ from plugmesh_decode.events import MAX_IDS, KvEvents
 from plugmesh_decode.generate import Generator
 from plugmesh_decode.primitives import score, tap
 from plugmesh_decode.session import Session
-from plugmesh_engine import EngineConfig, EnginePlugins, EngineStats, build_engine, weight_format
+from plugmesh_decode.swapping import Follower, Swapper
+from plugmesh_engine import EngineConfig, EnginePlugins, EngineStats, build_engine, load_model, weight_format
 from plugmesh_engine.fetch import fetch_manifest
+from plugmesh_engine.swap import SwapMode, SwapReport
 from plugmesh_proto.v1 import decode_pb2 as pb
 from plugmesh_proto.v1 import decode_pb2_grpc as rpc
-from plugmesh_proto.v1 import kvstore_pb2, prefill_pb2
+from plugmesh_proto.v1 import kvstore_pb2, prefill_pb2, weightstore_pb2
 
 log = structlog.get_logger()
 
 PUBLISH_LOAD_S = 0.5
+SWAP_FETCH_S = 120.0  # a weightstore that packs a large model takes its time
+_MODES = {
+    pb.SwapWeightsRequest.FINISH: SwapMode.FINISH, pb.SwapWeightsRequest.CONTINUE: SwapMode.CONTINUE, pb.SwapWeightsRequest.ABORT: SwapMode.ABORT,
+}
 
 
 def create(context: ServiceContext) -> DecodeService:
@@ -80,6 +87,7 @@ class Counters:
     masks_late: prometheus_client.Gauge
     jumped: prometheus_client.Gauge
     grammar_errors: prometheus_client.Gauge
+    swaps: prometheus_client.Gauge
 
     @classmethod
     def make(cls, metrics: Metrics) -> Counters:
@@ -104,6 +112,7 @@ class Counters:
             masks_late=metrics.gauge("engine_masks_late", "Steps since the start that waited for a grammar's masks after their forward pass"),
             jumped=metrics.gauge("engine_jumped_tokens", "Tokens since the start that grammars forced, without a forward pass of their own"),
             grammar_errors=metrics.gauge("engine_grammar_errors", "Requests since the start that ended because their grammar's matcher failed"),
+            swaps=metrics.gauge("engine_swaps", "Times since the start that the weights were exchanged"),
         )
 
     def show(self, stats: EngineStats) -> None:
@@ -128,6 +137,7 @@ class Counters:
         self.masks_late.set(stats.num_masks_late)
         self.jumped.set(stats.num_jumped_tokens)
         self.grammar_errors.set(stats.num_grammar_errors)
+        self.swaps.set(stats.num_swaps)
 
 
 class DecodeService(rpc.DecodeServicer):
@@ -138,6 +148,8 @@ class DecodeService(rpc.DecodeServicer):
         self._settings: Settings = context.settings
         self._counters = Counters.make(Metrics(context.metrics))
         self._stores: KvStores | None = None
+        self._old_stores: KvStores | None = None  # of the weights before
+        self._follower: Follower | None = None
         self._load_task: asyncio.Task[None] | None = None
         self._sessions: set[Session] = set()
 
@@ -146,9 +158,7 @@ class DecodeService(rpc.DecodeServicer):
         context.plugins.register_builtin(CorePrefillPolicy(settings.remote_prefill_min_tokens))
         config = self._engine_config()
         plugins = EnginePlugins.from_host(context.plugins, settings.weight_format)
-        manifest = await fetch_manifest(
-            context.mesh, "", settings.weight_format or weight_format(config), cache_dir=context.config.mesh.cache_dir.expanduser()
-        )
+        manifest = await self._first_manifest(config)
         self._engine = await asyncio.to_thread(build_engine, manifest, config, plugins)
         self._manifest = manifest
         if settings.use_kvstore:
@@ -160,12 +170,59 @@ class DecodeService(rpc.DecodeServicer):
         )
         self.generator = Generator(
             context.mesh, self._engine, settings, context.plugins, self._stores, context.plugins.last("prefill_policies"), self._counters,
-            self._constraints, names={"", manifest.model, manifest.version, context.config.mesh.model},
+            self._constraints, names=self._names_of(manifest),
+        )
+        self.generator.epochs[manifest.version] = manifest.publication
+        self.swapper = Swapper(
+            self._engine, self.generator.driver, manifest, fetch=lambda version: self._fetch(version, config),
+            load=lambda found: load_model(found, config, plugins.weight_format), on_begin=self._on_swap_begins, on_end=self._on_swap_ended,
         )
         self.generator.driver.start()
         self._constraints.warm()
         self.kv_events = KvEvents(context.mesh, self.generator.driver)
         self._load_task = asyncio.create_task(self._publish_load())
+        if settings.follow_model:
+            self._follower = Follower(context.mesh, self.swapper, settings)
+
+    async def _fetch(self, version: str, config: EngineConfig, timeout_s: float = SWAP_FETCH_S) -> weightstore_pb2.ModelManifest:
+        format = self._settings.weight_format or weight_format(config)
+        cache_dir = self._context.config.mesh.cache_dir.expanduser()
+        return await fetch_manifest(self._context.mesh, version, format, cache_dir=cache_dir, timeout_s=timeout_s)
+
+    async def _first_manifest(self, config: EngineConfig) -> weightstore_pb2.ModelManifest:
+        if self._settings.follow_model:
+            try:
+                return await self._fetch(self._settings.follow_model, config, 300.0)
+            except NotFound:
+                log.info("decode.nothing_published_yet", model=self._settings.follow_model)
+        return await self._fetch("", config, 300.0)
+
+    def _names_of(self, manifest: weightstore_pb2.ModelManifest) -> set[str]:
+        """What requests may call these weights. The name that the instance began with stays: gateways know it by that."""
+        if not hasattr(self, "_model_name"):
+            self._model_name = manifest.model
+        return {"", self._model_name, manifest.model, manifest.version, self._context.config.mesh.model}
+
+    def _on_swap_begins(self, manifest: weightstore_pb2.ModelManifest) -> None:
+        self.generator.epochs[manifest.version] = manifest.publication
+        self.generator.names.discard(self._manifest.version)  # who insists on the old version comes too late
+
+    async def _on_swap_ended(self, manifest: weightstore_pb2.ModelManifest, report: SwapReport | None) -> None:
+        old, self._manifest = self._manifest, manifest
+        self.generator.names = self._names_of(manifest)
+        if report is None:
+            return
+        self.generator.layout = self._engine.layout
+        self.generator.fail_unbegun(old.version, NotFound(f"model {old.version!r} is not served here any more", param="model"))
+        mesh = self._context.mesh
+        if self._stores is not None:
+            before, self._old_stores = self._old_stores, self._stores  # blocks of theirs may still be pinned
+            self._stores = KvStores(mesh, self._engine.layout, holder=mesh.self_info.instance_id, incarnation=mesh.self_info.incarnation)
+            self.generator.stores = self._stores
+            if before is not None:
+                await before.close()
+        mesh.self_info = dataclasses.replace(mesh.self_info, weight_version=manifest.version)
+        await mesh.flush_load()
 
     def _engine_config(self) -> EngineConfig:
         settings = self._settings
@@ -182,7 +239,7 @@ class DecodeService(rpc.DecodeServicer):
         return [Binding(rpc.add_DecodeServicer_to_server, self, "plugmesh_proto.v1.Decode")]
 
     def describe(self) -> dict[str, Any]:
-        return {"model": self._manifest.model, "weight_version": self._manifest.version, "roles": ("decode", "prefill-local")}
+        return {"model": self._model_name, "weight_version": self._manifest.version, "roles": ("decode", "prefill-local")}
 
     async def drain(self, deadline_s: float) -> None:
         await self.generator.drain(deadline_s)
@@ -192,6 +249,8 @@ class DecodeService(rpc.DecodeServicer):
     async def stop(self) -> None:
         if self._load_task is not None:
             self._load_task.cancel()
+        if self._follower is not None:
+            await self._follower.close()
         generator = getattr(self, "generator", None)
         if generator is not None:
             await self._constraints.close()
@@ -200,8 +259,9 @@ class DecodeService(rpc.DecodeServicer):
             generator.remote.close()
             await generator.driver.stop()
             self._engine.close()
-        if self._stores is not None:
-            await self._stores.close()
+        for stores in (self._stores, self._old_stores):
+            if stores is not None:
+                await stores.close()
 
     # The wire
 
@@ -253,8 +313,25 @@ class DecodeService(rpc.DecodeServicer):
             num_running=stats.num_running, num_waiting=stats.num_waiting, num_pending_tokens=stats.num_pending_tokens,
             kv_blocks_used=stats.kv_blocks_used, kv_blocks_cached=stats.kv_blocks_cached, kv_blocks_total=stats.kv_blocks_total,
             kv_blocks_leaked=stats.kv_blocks_leaked, num_steps=stats.num_steps, num_tokens_generated=stats.num_tokens_generated,
-            weight_version=self._manifest.version, model=self._manifest.model, max_model_len=self._engine.max_model_len,
-            layout=layout_to_pb(self._engine.layout),
+            weight_version=self._engine.model.version, model=self._model_name, max_model_len=self._engine.max_model_len,
+            layout=layout_to_pb(self._engine.layout), weight_epoch=self.generator.epochs.get(self._engine.model.version, 0),
+        )
+
+    async def SwapWeights(self, request: pb.SwapWeightsRequest, context: grpc.aio.ServicerContext) -> pb.SwapWeightsReply:
+        if not request.version:
+            raise InvalidRequest("name the version to go over to", param="version")
+        try:
+            mode = _MODES[request.mode]
+        except KeyError:
+            raise InvalidRequest(f"unknown mode {request.mode}", param="mode") from None
+        if request.timeout_s < 0:
+            raise InvalidRequest("timeout_s must not be negative", param="timeout_s")
+        done = await self.swapper.swap(request.version, mode, request.timeout_s or self._settings.swap_timeout_s)
+        r = done.report
+        return pb.SwapWeightsReply(
+            old_version=r.old_version if r else done.manifest.version, new_version=done.manifest.version, pause_ms=r.pause_ms if r else 0.0,
+            num_running=r.num_running if r else 0, num_restarted=r.num_restarted if r else 0, weight_epoch=done.manifest.publication,
+            load_ms=done.load_ms, num_bytes=done.num_bytes,
         )
 
     async def Score(self, request: pb.ScoreRequest, context: grpc.aio.ServicerContext) -> AsyncIterator[pb.TokenFrame]:
