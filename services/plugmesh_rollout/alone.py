@@ -49,11 +49,11 @@ class Alone:
         self._server = server
 
     @classmethod
-    async def start(cls, folder: pathlib.Path, settings: Settings, *, port: int = 0, mesh: Any = None) -> Alone:
-        """Raises ConfigError when the port is taken, and what the service raises."""
+    async def start(cls, folder: pathlib.Path, settings: Settings, *, port: int = 0, mesh: Any = None, host: PluginHost | None = None) -> Alone:
+        """With the plugins of `host`, if any. Raises ConfigError when the port is taken, and what the service raises."""
         config = MeshConfig.model_validate({"mesh": {"data_dir": str(folder)}})
         mesh = mesh or NoMesh()
-        host = PluginHost("rollout", config)
+        host = host or PluginHost("rollout", config)
         service = create(ServiceContext("rollout", mesh, config, settings, host, prometheus_client.CollectorRegistry()))
         try:
             await service.start()

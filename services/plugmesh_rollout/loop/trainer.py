@@ -143,7 +143,7 @@ def _batch(rows: Sequence[TrainRow], mask: torch.Tensor, proximal: torch.Tensor 
     def filled(values: Sequence[np.ndarray]) -> torch.Tensor:
         out = torch.zeros(mask.shape)
         for i, v in enumerate(values):
-            out[i, : len(v)] = torch.from_numpy(np.asarray(v, np.float32))
+            out[i, : len(v)] = torch.from_numpy(np.array(v, np.float32))  # decoded values are read only
         return out
 
     batch = {

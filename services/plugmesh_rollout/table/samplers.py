@@ -6,7 +6,7 @@
 | grpo_groups | the first complete groups, whole |
 | rank_aware | like grpo_groups, and gives every rank of a batch number the same rows |
 | length_balanced | whole groups for all ranks of a batch number, shared out so that the ranks' sums of a field's sizes are about equal |
-| version_window | complete groups, oldest or newest version first; can wait for groups that would be too old by the next step |
+| version_window | complete groups, oldest or newest version first, or the first ones; can wait for groups that would be too old by the next step |
 | same_version | complete groups of one version |
 
 A group counts as complete when all its rows are ready; its version is the oldest of its rows. With groups of one row every row is a group.
@@ -25,6 +25,7 @@ from plugmesh.hookspecs import hookimpl
 from plugmesh.records import RowView, SampleContext, Sampler, SamplerRecord
 from plugmesh_rollout.table.admission import must_wait
 
+_ORDERS = {"oldest": 1, "newest": -1, "first": 0}  # sign of the version in the order of a version window
 _KEPT_BATCHES = 64  # batch numbers whose rows are kept for slow ranks
 
 
@@ -215,20 +216,20 @@ class VersionWindow:
     """Complete groups by version.
 
     Args:
-        options: "order", "oldest" (default) or "newest" first; "wait" (default with "oldest"): holds the batch back while training it would make rows that are
+        options: "order", "oldest" (default) or "newest" version first, or the "first" rows; "wait" (default but for "newest"): holds the batch back while training it would make rows that are
             still being generated too old (`admission.must_wait`), which needs the topic's staleness and batch_rows.
     """
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         _only(options, ("order", "wait"))
         self._order = options.get("order", "oldest")
-        if self._order not in ("oldest", "newest"):
-            raise InvalidRequest(f"order is 'oldest' or 'newest', not {self._order!r}", param="sampler")
-        self._wait = bool(options.get("wait", self._order == "oldest"))
+        if self._order not in _ORDERS:
+            raise InvalidRequest(f"order is {', '.join(map(repr, _ORDERS))}, not {self._order!r}", param="sampler")
+        self._wait = bool(options.get("wait", self._order != "newest"))
 
     def sample(self, ready: Sequence[RowView], batch_size: int, context: SampleContext) -> tuple[list[int], list[int]]:
         num, least = _num_groups(batch_size, context)
-        sign = 1 if self._order == "oldest" else -1
+        sign = _ORDERS[self._order]
         groups = sorted(complete_groups(ready, context.group_size), key=lambda g: (sign * (-1 if (v := _version(g)) is None else v), g[0].index))[:num]
         if len(groups) < least:
             return [], []

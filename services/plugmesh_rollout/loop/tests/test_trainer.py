@@ -156,7 +156,7 @@ def test_examples_are_reproducible_and_held_out_prompts_are_never_trained(task):
 
     assert train == [tasks.Examples(task, {}, seed=1).train(i) for i in range(300)]
     assert not {e.prompt for e in train} & {e.prompt for e in held}
-    assert all(e.answer == tasks.decode(tasks.encode(e.answer) + [tasks.EOS, 5]) for e in held)
+    assert all(e.answer == tasks.decode([*tasks.encode(e.answer), tasks.EOS, 5]) for e in held)
     solve = {
         "add": lambda p: str(sum(int(x) for x in p[:-1].split("+"))), "copy": lambda p: p[2:-1], "reverse": lambda p: p[-2:1:-1],
         "sort": lambda p: "".join(sorted(p[2:-1])),

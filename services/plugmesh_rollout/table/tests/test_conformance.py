@@ -47,6 +47,12 @@ class TestVersionWindow(_Core):
     keeps_groups = True
 
 
+class TestVersionWindowFirst(_Core):
+    name = "version_window"
+    options = {"order": "first"}
+    keeps_groups = True
+
+
 class TestSameVersion(_Core):
     name = "same_version"
     keeps_groups = True
