@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import contextlib
 import hashlib
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from plugmesh_proto.v1 import grammar_pb2_grpc
 log = structlog.get_logger()
 
 MAX_COMPILED_BYTES = 256 << 20
+BIG_FORM_BYTES = 256 << 10  # takes a noticeable time to load: a form of 3 MB about 0.4 s
 _LOST = (Unavailable, DeadlineExceeded, InternalError, Overloaded, DataLoss)  # another instance may do better
 
 T = TypeVar("T")
@@ -145,6 +147,9 @@ class GrammarClient:
 class Grammars:
     """Compiled grammars of one vocabulary, in memory; what is missing is exported by the grammar service. For one event loop.
 
+    Forms are loaded in threads of their own, each once however many ask for it. Big ones one after another, so that they take one core at most from those
+    who compute, and so that a small one never waits behind several of them.
+
     Args:
         engines: Records of the engines that may have compiled them; each is built when it is first needed.
         max_bytes: Of compiled grammars; the least recently used go. One that a matcher still uses lives on with it.
@@ -161,6 +166,7 @@ class Grammars:
         self._engines: dict[str, asyncio.Task[GrammarEngine]] = {}
         self._cached: collections.OrderedDict[str, CompiledGrammar] = collections.OrderedDict()
         self._loading: dict[str, asyncio.Task[CompiledGrammar]] = {}
+        self._big = asyncio.Semaphore(1)
         self.cached_bytes = 0
 
     def __len__(self) -> int:
@@ -209,7 +215,8 @@ class Grammars:
             raise FailedPrecondition(f"the grammar was compiled by the engine {info.engine!r}, version {info.engine_version}; here is {have}")
         begin = asyncio.get_running_loop().time()
         engine = await self._engine(record)
-        compiled = await asyncio.to_thread(engine.load, data)
+        async with self._big if len(data) >= BIG_FORM_BYTES else contextlib.nullcontext():
+            compiled = await asyncio.to_thread(engine.load, data)
         log.info(
             "grammar.loaded", key=info.key[:16], engine=info.engine, num_bytes=len(data),
             load_ms=round(1000 * (asyncio.get_running_loop().time() - begin), 1))

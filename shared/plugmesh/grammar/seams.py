@@ -97,7 +97,10 @@ class GrammarEngine(Protocol):
         """
 
     def load(self, compiled: bytes) -> CompiledGrammar:
-        """Must be quick (milliseconds) and safe whatever the bytes are.
+        """Must be safe whatever the bytes are, and take a small part of the time of compiling: requests wait for it.
+
+        Milliseconds for small forms; a form of megabytes may take hundreds of them. Therefore called in a thread that is neither the event loop's nor an
+        engine's, several at once where they are small; should not hold the interpreter's lock for long meanwhile, which would stop both.
 
         Raises:
             DataLoss: Not a compiled form of this engine, version and tokenizer.
