@@ -13,6 +13,7 @@ from plugmesh.errors import NotFound
 from plugmesh.grammar.client import GrammarClient
 from plugmesh.grammar.vocabulary import vocabulary_of
 from plugmesh.mesh.api import Binding
+from plugmesh.testing.databases import database_url, postgres_server, postgres_url  # noqa: F401 - fixtures
 from plugmesh.testing.local_mesh import LocalMesh
 from plugmesh.tokenization.load import GGUF_ASSET, load_vocabulary
 from plugmesh_grammar.config import Settings
