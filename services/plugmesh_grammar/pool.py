@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import signal
+from collections.abc import Callable
 from typing import Any
 
 import structlog
@@ -32,9 +33,13 @@ class Compiled:
 
 
 class WorkerPool:
-    """At most `compile_workers` processes. One of them stays; the others end when they were idle for `idle_worker_s`."""
+    """At most `compile_workers` processes. One of them stays; the others end when they were idle for `idle_worker_s`.
 
-    def __init__(self, config: MeshConfig, settings: Settings) -> None:
+    Args:
+        on_load: Called when `num_waiting` or `num_running` has changed.
+    """
+
+    def __init__(self, config: MeshConfig, settings: Settings, *, on_load: Callable[[], None] = lambda: None) -> None:
         self._config = config
         self._settings = settings
         self._free = asyncio.Semaphore(settings.compile_workers)
@@ -43,7 +48,9 @@ class WorkerPool:
         self._is_closed = False
         self._reaper: asyncio.Task[None] | None = None
         self._refills: set[asyncio.Task[None]] = set()
+        self._on_load = on_load
         self.num_waiting = 0
+        self.num_running = 0
         self.num_killed = 0
 
     @property
@@ -99,11 +106,12 @@ class WorkerPool:
     async def _ask(self, fields: dict[str, Any], data: bytes, vocabulary: GrammarVocabulary, packed: bytes) -> tuple[dict[str, Any], bytes]:
         if self.num_waiting >= self._settings.max_waiting:
             raise Overloaded(f"{self.num_waiting} grammars wait to be compiled", retry_after_s=1)
-        self.num_waiting += 1
+        self._count(waiting=1)
         try:
             await self._free.acquire()
         finally:
-            self.num_waiting -= 1
+            self._count(waiting=-1)
+        self._count(running=1)
         try:
             for is_last in (False, True):
                 try:
@@ -120,6 +128,12 @@ class WorkerPool:
             raise AssertionError("unreachable")
         finally:
             self._free.release()
+            self._count(running=-1)
+
+    def _count(self, *, waiting: int = 0, running: int = 0) -> None:
+        self.num_waiting += waiting
+        self.num_running += running
+        self._on_load()
 
     async def _ask_once(self, fields: dict[str, Any], data: bytes, vocabulary: GrammarVocabulary, packed: bytes) -> tuple[dict[str, Any], bytes]:
         worker = await self._take(vocabulary, packed)

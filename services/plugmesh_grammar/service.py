@@ -59,7 +59,7 @@ class GrammarService:
         self.vocabularies = Vocabularies(context.mesh, settings)
         # The processes load the plugins that this one has loaded.
         config = context.config.model_copy(update={"services": {"grammar": {"plugins": list(context.plugins.slugs)}}})
-        self.pool = WorkerPool(config, settings)
+        self.pool = WorkerPool(config, settings, on_load=self._show_load)
         self.matching = Matching(config, settings)
         self.catalogue = self._make_catalogue()
         self.compiler = Compiler(self.records, self.pool, self.catalogue, settings)
@@ -79,6 +79,10 @@ class GrammarService:
         url = settings.database_url or f"sqlite:///{data_dir / 'grammar' / 'catalogue.sqlite3'}"
         return Catalogue(url, password, max_bytes=settings.catalogue_bytes)
 
+    def _show_load(self) -> None:
+        """Goes out with the next renewal of the lease."""
+        self._context.mesh.set_load(num_running=float(self.pool.num_running), num_waiting=float(self.pool.num_waiting))
+
     @property
     def num_killed(self) -> int:
         return self.pool.num_killed + self.matching.num_killed
@@ -95,6 +99,7 @@ class GrammarService:
         if self.catalogue is not None:
             await asyncio.to_thread(self.catalogue.open)
         self._default = await self.vocabularies.start(names)
+        self._show_load()
         for slug in cards.DEFAULT_ENGINES:
             if "plugins" not in self._context.config.services.get("grammar", {}) and (missing := cards.left_out(slug)):
                 log.info("grammar.engine_left_out", engine=slug, not_installed=missing)

@@ -211,6 +211,22 @@ async def test_too_many_at_once_are_refused(literal, tmp_path):
     assert 1 == sum(isinstance(o, Overloaded) for o in outcomes)
 
 
+async def test_the_lease_says_how_many_compile_and_wait(literal, tmp_path):
+    instance = await literal.add()
+    go = tmp_path / "go"
+    seen = lambda: {k: v for k, v in literal.mesh.instances("grammar")[0].load.items() if k.startswith("num_")}  # noqa: E731
+    assert seen() == {"num_running": 0, "num_waiting": 0}
+    asked = [asyncio.create_task(literal.client.compile(GrammarSpec("regex", f"!wait:{go}!{i}"), "", timeout_s=10)) for i in range(3)]
+    async with asyncio.timeout(8):
+        while instance.service.pool.num_waiting < 2:
+            await asyncio.sleep(0.01)
+    assert seen() == {"num_running": 1, "num_waiting": 2}
+    go.touch()
+    await asyncio.gather(*asked)
+
+    assert seen() == {"num_running": 0, "num_waiting": 0}
+
+
 async def test_a_restart_serves_from_the_catalogue_without_compiling(literal):
     first = await literal.add()
     info = await literal.client.compile(HELLO, "", timeout_s=10)
