@@ -127,8 +127,11 @@ class Settings(StrictModel):
         except (OSError, tomllib.TOMLDecodeError) as e:
             raise ConfigError(f"{path}: {e}") from e
         for key, value in changes.items():
-            part, _, name = key.partition("__")
-            data.setdefault(part, {})[name] = value
+            *parts, name = key.split("__")
+            part = data
+            for x in parts:
+                part = part.setdefault(x, {})
+            part[name] = value
         return checked(data, path.parent, str(path))
 
 

@@ -9,6 +9,7 @@ import typer
 
 from plugmesh.cli.ab import ab
 from plugmesh.cli.bench import bench_app
+from plugmesh.cli.rl import rl_app
 
 app = typer.Typer(
     name="plugmesh",
@@ -21,6 +22,7 @@ app = typer.Typer(
 keys_app = typer.Typer(help="API keys of the gateway.", no_args_is_help=True)
 app.add_typer(keys_app, name="keys", rich_help_panel="Prepare")
 app.add_typer(bench_app, name="bench", rich_help_panel="Measure")
+app.add_typer(rl_app, name="rl", rich_help_panel="Train")
 app.command("ab", rich_help_panel="Measure")(ab)
 
 Config = Annotated[pathlib.Path | None, typer.Option("--config", "-c", help="Configuration file (default: ./mesh.toml where there is one).")]
