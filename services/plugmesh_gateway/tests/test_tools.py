@@ -204,6 +204,23 @@ async def test_finish_reasons_are_openais(start):
     assert none.choices[0].message.tool_calls is None and "<tool_call>" in none.choices[0].message.content
 
 
+@pytest.mark.parametrize(("text", "content"), [
+    ("<tool_call>[]</tool_call>", ""), ("<tool_call>[\n]</tool_call>\n", ""), ("Hm.\n<tool_call>[]</tool_call>", "Hm."), ("<tool_call>[]</tool_call>\nNo.", "No."),
+])
+async def test_a_block_without_a_call_is_no_call_and_no_text(start, text, content):
+    """SmolLM2's way to say that no tool fits."""
+    stack, _, decode = await stack_saying(start, text, tool_format="smollm2")
+    create = stack.client().chat.completions.create
+    whole = (await create(model="tiny", messages=USER, tools=[WEATHER, NOW])).choices[0]
+    chunks = [c.choices[0] async for c in await create(model="tiny", messages=USER, tools=[WEATHER, NOW], stream=True)]
+
+    assert (whole.message.content, whole.message.tool_calls, whole.finish_reason) == (content, None, "stop")
+    assert "".join(c.delta.content or "" for c in chunks) == content
+    assert [c for c in chunks if c.delta.tool_calls] == []
+    assert [c.finish_reason for c in chunks if c.finish_reason] == ["stop"]
+    assert decode.submits[0].grammar.spec.kind == "structural_tag"
+
+
 async def test_logprobs_of_calls_are_complete(start):
     stack, _, _ = await stack_saying(start, "a\n" + TWO)
     chunks = [c async for c in await stack.client().chat.completions.create(
