@@ -25,7 +25,7 @@ class Settings(ServiceSettings):
     compile_timeout_s: float = pydantic.Field(5.0, gt=0, le=120)
     compile_workers: int = pydantic.Field(2, ge=1, le=32)                   # processes; one is kept warm, the others end after idle_worker_s
     compile_memory_bytes: int = pydantic.Field(1 << 30, ge=64 << 20)        # address space of a process above what its engines take
-    max_compiled_bytes: int = pydantic.Field(64 << 20, ge=1 << 20)          # one compiled form
+    max_compiled_bytes: int = pydantic.Field(16 << 20, ge=1 << 20)          # one compiled form
     max_waiting: int = pydantic.Field(64, ge=1)                             # compilations that may queue
     idle_worker_s: float = pydantic.Field(60.0, gt=0)
 
