@@ -8,17 +8,17 @@ import pathlib
 import uuid
 from collections.abc import AsyncIterator
 
-import grpc.aio
 import numpy as np
 import pytest
 
 import plugmesh_kernels
+from plugmesh.client import DecodeClient
 from plugmesh.client import weights as weights_client
 from plugmesh.config import MeshConfig
 from plugmesh.errors import DeadlineExceeded, FailedPrecondition, InvalidRequest, NotFound
 from plugmesh.testing.local_mesh import LocalMesh
 from plugmesh.types import SamplingParams
-from plugmesh.wire import error_from_pb, error_from_rpc, sampling_to_pb
+from plugmesh.wire import error_from_pb, sampling_to_pb
 from plugmesh_decode import config as decode_config
 from plugmesh_decode import service as decode_service
 from plugmesh_engine import EngineConfig, EngineRequest, build_engine
@@ -32,7 +32,7 @@ from plugmesh_weightstore.testing import hf_weights, write_hf
 pytestmark = pytest.mark.skipif(not plugmesh_kernels.available(), reason="no native kernels")
 
 Row = tuple[str, int]  # version, token
-MODES = {"finish": pb.SwapWeightsRequest.FINISH, "continue": pb.SwapWeightsRequest.CONTINUE, "abort": pb.SwapWeightsRequest.ABORT}
+MODES = ("finish", "continue", "abort")
 
 
 class Rig:
@@ -49,10 +49,7 @@ class Rig:
         return published
 
     async def swap(self, version: str, mode: str = "finish", timeout_s: float = 0.0) -> pb.SwapWeightsReply:
-        try:
-            return await self.decode.SwapWeights(pb.SwapWeightsRequest(version=version, mode=MODES[mode], timeout_s=timeout_s), timeout=60)
-        except grpc.aio.AioRpcError as e:
-            raise error_from_rpc(e) from None
+        return await DecodeClient(self.mesh.channel("decode"), timeout_s=60).swap_weights(version, mode, finish_s=timeout_s)
 
     async def generate(self, prompt: tuple[int, ...], sampling: SamplingParams, model: str = "") -> tuple[list[Row], pb.TokenRow]:
         """(version, token) in order, and the last row."""
@@ -113,7 +110,7 @@ def sampling(i: int, max_tokens: int = 0) -> SamplingParams:
     return SamplingParams(max_tokens=max_tokens or 60 + i % 20, temperature=0.0 if i % 2 else 0.9, seed=i, ignore_eos=True)
 
 
-@pytest.mark.parametrize("mode", list(MODES))
+@pytest.mark.parametrize("mode", MODES)
 async def test_a_swap_under_load_drops_nothing_and_every_token_is_its_versions(tmp_path, mode):
     async with a_rig(tmp_path) as rig:
         old = rig.service.describe()["weight_version"]

@@ -164,6 +164,22 @@ class DecodeClient:
             reply = await self._stub.ReleaseHold(decode_pb2.ReleaseHoldRequest(request_id=_name(request)), timeout=self._timeout_s)
         return reply.released
 
+    async def swap_weights(self, version: str, mode: str = "finish", *, finish_s: float = 0.0) -> decode_pb2.SwapWeightsReply:
+        """Has the instance serve other weights of the same model; see `decode.proto`.
+
+        Args:
+            mode: "finish", "continue" or "abort": what becomes of requests that run.
+            finish_s: What runs may take to end; 0 for the instance's own limit.
+
+        Raises:
+            NotFound, FailedPrecondition, DeadlineExceeded: No such version, other shapes, or what runs did not end; nothing changed.
+        """
+        if mode not in ("finish", "continue", "abort"):
+            raise InvalidRequest(f"no mode {mode!r}: finish, continue or abort", param="mode")
+        request = decode_pb2.SwapWeightsRequest(version=version, mode=mode.upper(), timeout_s=finish_s)
+        with _typed_errors():
+            return await self._stub.SwapWeights(request, timeout=self._timeout_s)
+
     def _request(self, token_ids: Sequence[int], request_id: str, sampling: Mapping[str, Any], **fields: Any) -> decode_pb2.GenerateRequest:
         try:
             params = SamplingParams(**sampling)

@@ -24,6 +24,7 @@ log = structlog.get_logger()
 FOLDER = pathlib.Path("/dev/shm")  # noqa: S108 - tmpfs, where large pages can be shared
 _DONE = b"plugmesh-weights-1"
 _ALIGN = 64
+_COLLAPSE_BYTES = 4 << 20
 _MAX_SHARE = 0.25  # of the memory that is available: larger models stay mapped from their files
 
 
@@ -79,7 +80,8 @@ def _shared(kernels: Any, path: pathlib.Path, tensors: Mapping[str, np.ndarray],
         except BaseException:
             os.close(fd)
             raise
-        kernels.collapse(memory)
+        for at in range(0, size, _COLLAPSE_BYTES):  # in pieces: a call keeps the interpreter's lock, which an engine at work beside this one needs
+            kernels.collapse(memory[at : at + _COLLAPSE_BYTES])
         weakref.finalize(memory, _leave, path, fd)  # its views keep it alive
         return memory
     raise OSError("the shared weights keep vanishing")
