@@ -83,7 +83,7 @@ class RolloutPart(StrictModel):
     max_tokens: int = pydantic.Field(16, ge=1)
     tail: float = pydantic.Field(0.0, ge=0)                 # above 0: responses have drawn lengths instead of ends, log-normal with this sigma (benchmarks)
     slow_s: float = pydantic.Field(0.0, ge=0)               # above 0: a group is held back for a drawn time with this median (tests of staleness)
-    lease_s: float = pydantic.Field(60.0, gt=0)
+    lease_s: float = pydantic.Field(10.0, gt=0)             # after which a dead worker's rows go to another one; living ones extend theirs
 
 
 class TrainerPart(StrictModel):

@@ -52,8 +52,29 @@ def accuracy(policy: Policy, examples: tasks.Examples, num: int, max_tokens: int
     return sum(tasks.decode(ids) == e.answer for ids, e in zip(found, held_out, strict=True)) / num
 
 
+def held_out_reward(policy: Policy, examples: tasks.Examples, reward: Reward, num: int, max_tokens: int, seed: int) -> float:
+    """Mean reward of one response to each held-out example, drawn as in training; always with the same random numbers."""
+    held_out = {f"held-out-{i}": examples.held_out(i) for i in range(num)}
+    for i, (name, e) in enumerate(held_out.items()):
+        policy.add(name, e.prompt_ids(), 1, seed_of(seed + 1, i), max_tokens=max_tokens)
+    total = 0.0
+    while policy.num_groups:
+        for name, _, samples in policy.step():
+            total += reward.score(held_out[name].prompt, held_out[name].answer, tasks.decode(samples[0].token_ids))
+    return total / num
+
+
+def measured(policy: Policy, settings: Settings, reward: Reward) -> dict[str, float]:
+    """What a run tells of its progress on held-out examples, under the policy's newest weights."""
+    examples, num, max_tokens = examples_of(settings), settings.run.eval_examples, settings.rollout.max_tokens
+    return {
+        "accuracy": accuracy(policy, examples, num, max_tokens),
+        "held_out_reward": held_out_reward(policy, examples, reward, num, max_tokens, settings.run.seed),
+    }
+
+
 def run_synchronous(
-    settings: Settings, loss: Loss, reward: Reward, on_step: Callable[[StepFacts, float | None], None] = lambda facts, accuracy: None
+    settings: Settings, loss: Loss, reward: Reward, on_step: Callable[[StepFacts, dict[str, float]], None] = lambda facts, measured: None
 ) -> Trainer:
     """Generates, scores and trains by turns, `settings.run.steps` times."""
     config, tensors = first_weights(settings)
@@ -73,7 +94,7 @@ def run_synchronous(
                 batch += train_rows(g, example.prompt_ids(), samples, rewards, settings)
         facts = trainer.step(batch)
         policy.load(trainer.step_number, trainer.model.arrays())
-        measure = settings.run.eval_every and facts.step % settings.run.eval_every == 0
-        on_step(facts, accuracy(policy, examples, settings.run.eval_examples, r.max_tokens) if measure else None)
+        wanted = settings.run.eval_every and facts.step % settings.run.eval_every == 0
+        on_step(facts, measured(policy, settings, reward) if wanted else {})
     policy.close()
     return trainer

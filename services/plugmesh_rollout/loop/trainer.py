@@ -69,7 +69,7 @@ class Trainer:
             InternalError: The loss or its gradient is not finite; the weights are then as before the optimizer's step.
         """
         s = self._settings
-        rows = sorted(rows, key=lambda r: r.number)
+        rows = sorted(rows, key=lambda r: (len(r.prompt_ids) + len(r.response_ids), r.number))  # parts are filled up to their longest row
         num_tokens = sum(len(r.response_ids) for r in rows)
         parts = [rows[i : i + s.part_rows] for i in range(0, len(rows), s.part_rows)]
         proximal = [self._proximal(part) for part in parts] if self._loss.needs_proximal else [None] * len(parts)

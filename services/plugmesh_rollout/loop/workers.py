@@ -43,7 +43,7 @@ from plugmesh_rollout.loop.losses import CoreLosses, group_advantages
 from plugmesh_rollout.loop.policy import Policy, Sample, seed_of
 from plugmesh_rollout.loop.rewards import CoreRewards
 from plugmesh_rollout.loop.settings import Settings, checked
-from plugmesh_rollout.loop.synchronous import accuracy, examples_of, policy_of
+from plugmesh_rollout.loop.synchronous import examples_of, measured, policy_of
 from plugmesh_rollout.loop.trainer import StepFacts, Trainer, TrainRow
 from plugmesh_rollout.loop.workflows import CoreWorkflows
 
@@ -286,7 +286,9 @@ async def _stream(
     num_done = 0
     try:
         while not run.stop.is_set():
-            batch = await run.client.get(run.topic, task, fields, num_rows, min_rows=min_rows, sampler=sampler, any_version=True, wait_s=_WAIT_S)
+            batch = await run.client.get(
+                run.topic, task, fields, num_rows, min_rows=min_rows, sampler=sampler, any_version=True, lease_s=run.settings.rollout.lease_s, wait_s=_WAIT_S
+            )
             if batch:
                 start = time.perf_counter()
                 async with run.client.keep(batch):
@@ -308,14 +310,18 @@ async def train(run: Run, number: int = 0, on_step: Callable[[StepFacts], None] 
     """Steps until the run's end; new weights after each. Goes on from the checkpoint where there is one."""
     s, folder, plan, figures = run.settings, run.folder, run.plan, run.figures("trainer-0")
     trainer = await asyncio.to_thread(_trainer, run)
+    reward: Reward = run.record("rewards", s.reward.name).build(s.reward.options)
     policy: Policy | None = None
     started = time.monotonic()
     num_evicted = 0
     try:
+        if trainer.step_number == 0 and s.run.eval_every:
+            policy = policy_of(s, trainer.model.config)
+            figures.add(before=await asyncio.to_thread(_measure, policy, trainer, s, reward))
         while trainer.step_number < s.run.steps and not run.stop.is_set():
             batch = await run.client.get(
                 run.topic, "train", ["prompt_ids", "response_ids", "logprobs", "versions", "reward", "advantage"], s.batch_rows,
-                sampler=plan.train_sampler, sampler_options=plan.train_options, batch_index=trainer.step_number, lease_s=120.0, wait_s=_WAIT_S,
+                sampler=plan.train_sampler, sampler_options=plan.train_options, batch_index=trainer.step_number, lease_s=s.rollout.lease_s, wait_s=_WAIT_S,
             )  # fmt: skip
             if not batch:
                 continue
@@ -336,14 +342,14 @@ async def train(run: Run, number: int = 0, on_step: Callable[[StepFacts], None] 
             folder.drop_weights(kept - plan.staleness)
             if plan.evicts:
                 num_evicted += await run.client.clear(run.topic, older_than=trainer.step_number - plan.staleness)
-            measured: dict[str, Any] = {}
+            told: dict[str, Any] = {}
             if (s.run.eval_every and trainer.step_number % s.run.eval_every == 0) or trainer.step_number == s.run.steps:
                 policy = policy or policy_of(s, trainer.model.config)
-                measured["accuracy"] = await asyncio.to_thread(_measure, policy, trainer, s)
+                told = await asyncio.to_thread(_measure, policy, trainer, s, reward)
             figures.worked(time.perf_counter() - start)
             figures.add(
                 step=facts.step, loss=facts.loss, reward=facts.reward, grad_norm=facts.grad_norm, rows=facts.num_rows, tokens=facts.num_tokens,
-                lags=facts.lags, means=facts.means, evicted=num_evicted, **measured,
+                lags=facts.lags, means=facts.means, evicted=num_evicted, **told,
             )  # fmt: skip
             on_step(facts)
             if s.run.time_limit_s and time.monotonic() - started > s.run.time_limit_s:
@@ -379,9 +385,9 @@ def _step(trainer: Trainer, batch: Batch, staleness: int) -> StepFacts:
     return trainer.step(rows)
 
 
-def _measure(policy: Policy, trainer: Trainer, settings: Settings) -> float:
+def _measure(policy: Policy, trainer: Trainer, settings: Settings, reward: Reward) -> dict[str, float]:
     policy.load(trainer.step_number, trainer.model.arrays())
-    return accuracy(policy, examples_of(settings), settings.run.eval_examples, settings.rollout.max_tokens)
+    return measured(policy, settings, reward)
 
 
 # -- as processes -------------------------------------------------------------------------------------------------------
