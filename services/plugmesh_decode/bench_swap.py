@@ -28,7 +28,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from plugmesh import models
+from plugmesh import logs, models
 from plugmesh.client import weights
 from plugmesh.testing.cluster import running
 from plugmesh.types import SamplingParams
@@ -129,7 +129,7 @@ async def measure(decode: str, store: str, num_streams: int, num_swaps: int) -> 
         stub = decode_pb2_grpc.DecodeStub(channel)
         for kind in ("small", "bfloat16"):
             await stub.SwapWeights(pb.SwapWeightsRequest(version=versions["base"].version), timeout=300)
-            streams = Streams(stub, num_streams)
+            streams, is_base = Streams(stub, num_streams), True
             try:
                 await asyncio.sleep(2.0)
                 start = time.perf_counter()
@@ -138,8 +138,9 @@ async def measure(decode: str, store: str, num_streams: int, num_swaps: int) -> 
                 quiet_ms = {"gap_p50_ms": 1e3 * statistics.median(quiet), "gap_max_ms": 1e3 * quiet[-1]}
                 for name, mode in MODES.items():
                     replies, gaps = [], []
-                    for i in range(num_swaps):
-                        target = versions[kind if i % 2 == 0 else "base"].version
+                    for _ in range(num_swaps):
+                        is_base = not is_base
+                        target = versions["base" if is_base else kind].version
                         start = time.perf_counter()
                         reply = await stub.SwapWeights(pb.SwapWeightsRequest(version=target, mode=mode, timeout_s=60), timeout=120)
                         end = time.perf_counter()
@@ -184,6 +185,7 @@ def main() -> int:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--json", type=pathlib.Path)
     args = parser.parse_args()
+    logs.configure("error")
     path = models.find(args.model)
     if path is None:
         print(f"{args.model} is not on this machine; plugmesh pull fetches it", file=sys.stderr)
@@ -196,7 +198,7 @@ def main() -> int:
         mesh = stack.enter_context(running(pathlib.Path(folder), config))
         decode, store = (mesh.instances(role)[0]["grpc_address"] for role in ("decode", "weightstore"))
         rows = asyncio.run(measure(decode, store, args.streams, args.swaps))
-    show(rows, Console())
+    show(rows, Console(width=150))
     if args.json:
         facts = {"machine": platform.processor() or platform.machine(), "num_cpus": os.cpu_count(), "date": time.strftime("%Y-%m-%d"), "rows": rows}
         args.json.write_text(json.dumps(facts, indent=1) + "\n")
