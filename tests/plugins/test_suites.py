@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import inspect
 import pathlib
 import random
 import time
@@ -12,6 +14,7 @@ from typing import Any, ClassVar
 import hypothesis
 import numpy as np
 import pytest
+import torch
 
 from plugmesh.config import MeshConfig
 from plugmesh.errors import DataLoss, InvalidRequest, UnsupportedGrammar
@@ -22,21 +25,30 @@ from plugmesh.records import (
     GrammarEngineRecord,
     HandOver,
     KvHandOverRecord,
+    LoopPlan,
+    LoopShape,
+    LossRecord,
     PrefillPolicyRecord,
+    RewardRecord,
     Route,
     RouterRecord,
     SamplerRecord,
     SchedulerRecord,
+    WorkflowRecord,
 )
 from plugmesh.testing.conformance import (
     DraftConformance,
     EvictionConformance,
     GrammarEngineConformance,
     KvHandOverConformance,
+    LossConformance,
     PrefillPolicyConformance,
+    RecordConformance,
+    RewardConformance,
     RouterConformance,
     SamplerConformance,
     SchedulerConformance,
+    WorkflowConformance,
     fidelity,
 )
 from plugmesh.testing.conformance.grammar_engine import vocabulary
@@ -45,6 +57,9 @@ from plugmesh.types import BLOCK_TOKENS
 from plugmesh_engine import EngineConfig, Executor, FcfsScheduler
 from plugmesh_engine.batch import Rows
 from plugmesh_engine.testing import FakeModel, random_weights, tiny_config, write_manifest
+from plugmesh_rollout.loop.losses import CoreLosses
+from plugmesh_rollout.loop.rewards import CoreRewards
+from plugmesh_rollout.loop.workflows import CoreWorkflows
 
 
 def broken(suite: type, test: str, record: object, **arguments: Any) -> None:
@@ -719,6 +734,253 @@ def test_the_sampler_that_the_broken_ones_are_made_of_passes() -> None:
     for name in dir(suite):
         if name.startswith("test_") and name not in dir(SamplerConformance.__mro__[1]):
             getattr(suite, name)(record)
+
+
+# -- rewards, losses, workflows ----------------------------------------------------------------------------------------------
+
+
+def passes(suite: Any, record: object) -> None:
+    """Every test of the suite, of those that need nothing but the record and the host."""
+    for name in dir(suite):
+        if name.startswith("test_") and not hasattr(RecordConformance, name):
+            test = getattr(suite, name)
+            marks = {m.name: m.args for m in getattr(test, "pytestmark", [])}
+            wanted = {"host": PluginHost.load([], MeshConfig(), service="rollout")} if "host" in inspect.signature(test).parameters else {}
+            for values in marks["parametrize"][1] if "parametrize" in marks else [None]:
+                extra = {} if values is None else {marks["parametrize"][0]: values}
+                with contextlib.suppress(pytest.skip.Exception):
+                    test(record=record, **wanted, **extra)
+
+
+class Length:
+    """Correct."""
+
+    def score(self, prompt, answer, response):
+        return float(response == answer) - min(len(response), 100) / 1e3
+
+
+class Infinite(Length):
+    def score(self, prompt, answer, response):
+        return 1.0 / len(response) if response else float("inf")
+
+
+class Parses(Length):
+    def score(self, prompt, answer, response):
+        return float(int(response) == int(answer))
+
+
+class Encodes(Length):
+    def score(self, prompt, answer, response):
+        return super().score(prompt, answer.encode(), response.encode())
+
+
+class NotANumber(Length):
+    def score(self, prompt, answer, response):
+        return np.float32(super().score(prompt, answer, response))
+
+
+class Random(Length):
+    def score(self, prompt, answer, response):
+        return super().score(prompt, answer, response) + random.random()
+
+
+class Novelty(Length):
+    """Rewards what it has not seen."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, int] = {}
+
+    def score(self, prompt, answer, response):
+        return super().score(prompt, answer, response) + self.seen.setdefault(response, len(self.seen))
+
+
+class NoveltyForAll(Length):
+    seen: ClassVar[dict[str, int]] = {}
+
+    def score(self, prompt, answer, response):
+        self.seen[prompt] = self.seen.get(prompt, 0) + 1
+        return super().score(prompt, answer, response) - self.seen[prompt]
+
+
+class Punishes(Length):
+    def score(self, prompt, answer, response):
+        return -super().score(prompt, answer, response)
+
+
+@pytest.mark.parametrize(("reward", "test"), [
+    (Infinite, "test_it_is_finite_for_any_text"), (Parses, "test_it_is_finite_for_any_text"), (Encodes, "test_it_is_finite_for_any_text"),
+    (NotANumber, "test_it_is_finite_for_any_text"), (Random, "test_the_same_row_is_worth_the_same_again"),
+    (NoveltyForAll, "test_the_same_row_is_worth_the_same_again"), (Novelty, "test_a_row_is_worth_the_same_whatever_was_scored_before"),
+    (Punishes, "test_a_good_response_is_worth_more_than_a_bad_one"), (Length, "test_an_option_that_does_not_exist_is_refused"),
+])  # fmt: skip
+def test_a_broken_reward_is_seen(reward: type, test: str) -> None:
+    broken(RewardConformance, test, RewardRecord("broken", lambda options: reward()))
+
+
+@pytest.mark.parametrize("record", [*CoreRewards().register_rewards(), RewardRecord("length", lambda options: refuse(options) or Length())], ids=lambda r: r.name)
+def test_a_sound_reward_passes(record: RewardRecord) -> None:
+    passes(RewardConformance(), record)
+
+
+def refuse(options: Any) -> None:
+    if options:
+        raise InvalidRequest("no options")
+
+
+class Capped:
+    """Correct: a policy gradient with capped weights."""
+
+    needs_proximal = False
+
+    def ratio(self, logprobs, batch):
+        return torch.exp(logprobs - batch["behaviour"])
+
+    def terms(self, logprobs, batch):
+        return -self.ratio(logprobs, batch).clamp(max=3.0) * batch["advantage"][:, None]
+
+    def total(self, terms, batch):
+        return torch.where(batch["mask"], terms, torch.zeros_like(terms)).sum() / batch["num_tokens"]
+
+    def facts(self, logprobs, batch):
+        return {"ratio": (self.ratio(logprobs, batch).detach() * batch["mask"]).sum()}
+
+    def __call__(self, logprobs, batch):
+        return self.total(self.terms(logprobs, batch), batch), self.facts(logprobs, batch)
+
+
+class Squares(Capped):
+    """Overflows."""
+
+    def terms(self, logprobs, batch):
+        return -(self.ratio(logprobs, batch) ** 4) * batch["advantage"][:, None]
+
+
+class MeanOfNothing(Capped):
+    def total(self, terms, batch):
+        return (torch.where(batch["mask"], terms, torch.zeros_like(terms)).sum(1) / batch["mask"].sum(1)).sum() / batch["num_rows"]
+
+
+class MeanOfPart(Capped):
+    def total(self, terms, batch):
+        return torch.where(batch["mask"], terms, torch.zeros_like(terms)).sum() / batch["mask"].sum().clamp(min=1)
+
+
+class MeanFacts(Capped):
+    def facts(self, logprobs, batch):
+        return {"ratio": (self.ratio(logprobs, batch) * batch["mask"]).detach().mean()}
+
+
+class CountsPadding(Capped):
+    def total(self, terms, batch):
+        return torch.where(batch["mask"], terms, torch.zeros_like(terms)).sum() / terms.numel()
+
+
+class NoMask(Capped):
+    def total(self, terms, batch):
+        return terms.sum() / batch["num_tokens"]
+
+
+class Ascends(Capped):
+    def terms(self, logprobs, batch):
+        return -super().terms(logprobs, batch)
+
+
+class Entropy(Capped):
+    def terms(self, logprobs, batch):
+        return super().terms(logprobs, batch) + 0.1 * logprobs
+
+
+class FixedWeight(Capped):
+    def terms(self, logprobs, batch):
+        return -self.ratio(logprobs, batch).detach() * logprobs * batch["advantage"][:, None]
+
+
+class Noisy(Capped):
+    def terms(self, logprobs, batch):
+        return super().terms(logprobs, batch) * (1 + 0.1 * torch.rand(()))
+
+
+class Whitens(Capped):
+    """In place, what other epochs train with as well."""
+
+    def __call__(self, logprobs, batch):
+        batch["advantage"] -= batch["advantage"].mean()
+        return super().__call__(logprobs, batch)
+
+
+class PerRow(Capped):
+    def total(self, terms, batch):
+        return torch.where(batch["mask"], terms, torch.zeros_like(terms)).sum(1)
+
+
+SHARES = "test_the_shares_of_parts_add_up_to_the_batchs"
+FINITE = "test_it_is_finite_however_far_the_weights_have_moved"
+
+
+@pytest.mark.parametrize(("loss", "test"), [
+    (Squares, FINITE), (PerRow, FINITE), (Whitens, FINITE), (MeanOfNothing, "test_rows_without_tokens_are_no_trouble"), (MeanOfPart, SHARES), (MeanFacts, SHARES),
+    (CountsPadding, "test_padding_changes_nothing"), (NoMask, "test_only_tokens_that_are_there_count"),
+    (Ascends, "test_a_better_response_becomes_likelier_and_a_worse_one_less"), (Entropy, "test_no_advantage_is_no_gradient"),
+    (FixedWeight, "test_the_gradient_is_that_of_the_value"), (Noisy, "test_the_same_batch_gives_the_same_bits"),
+    (Capped, "test_an_option_that_does_not_exist_is_refused"),
+])  # fmt: skip
+def test_a_broken_loss_is_seen(loss: type, test: str) -> None:
+    broken(LossConformance, test, LossRecord("broken", lambda options: loss()), **({"parts": [[0, 1], [2, 3, 4]]} if test == SHARES else {}))
+
+
+@pytest.mark.parametrize("record", [*CoreLosses().register_losses(), LossRecord("capped", lambda options: refuse(options) or Capped())], ids=lambda r: r.name)
+def test_a_sound_loss_passes(record: LossRecord) -> None:
+    passes(LossConformance(), record)
+
+
+@pytest.mark.parametrize("options", [{"kl": 0.1}, {"normalise": "row", "clip_high": 0.3}], ids=str)
+def test_a_core_loss_with_other_options_passes(options: dict[str, Any]) -> None:
+    members = {"options": options, "has_reference": "kl" in options, "is_regularised": "kl" in options}
+    passes(type("OtherOptions", (LossConformance,), members)(), CoreLosses().register_losses()[0])
+
+
+def ahead(options: Any, shape: LoopShape, **other: Any) -> LoopPlan:
+    """Two versions ahead: correct but for what is overridden."""
+    if set(options) - {"capacity_rows"}:
+        raise InvalidRequest("unknown option")
+    plan = LoopPlan(2, True, options.get("capacity_rows", 3 * shape.batch_rows), "version_window", {"order": "oldest", "wait": True})
+    if plan.capacity_rows < 3 * shape.batch_rows and "capacity_rows" not in other:
+        raise InvalidRequest("the loop would stop")
+    return dataclasses.replace(plan, **{"capacity_rows": plan.capacity_rows, **other})
+
+
+def small(options: Any, shape: LoopShape) -> LoopPlan:
+    return ahead({}, shape, capacity_rows=options.get("capacity_rows", 3 * shape.batch_rows))
+
+
+def shared_options(options: Any, shape: LoopShape) -> LoopPlan:
+    return ahead({"capacity_rows": options.setdefault("capacity_rows", 3 * shape.batch_rows)}, shape)
+
+
+NEVER_STOPS = "test_a_plan_never_stops_and_trains_nothing_too_old"
+
+
+@pytest.mark.parametrize(("plan", "test"), [
+    (lambda o, s: ahead(o, s, train_options={"order": "first", "wait": False}), "test_an_ordinary_run_is_not_refused"),  # slow groups become too old
+    (lambda o, s: ahead(o, s, train_options={"order": "newest", "wait": False}), NEVER_STOPS),
+    (lambda o, s: ahead(o, s, is_gated=False, capacity_rows=12 * s.batch_rows), NEVER_STOPS),  # and nobody drops what is too old
+    (lambda o, s: ahead(o, s, train_sampler="no_such"), NEVER_STOPS),
+    (lambda o, s: ahead(o, s, train_options={"colour": 1}), "test_an_ordinary_run_is_not_refused"),
+    (lambda o, s: ahead(o, s, capacity_rows=s.batch_rows - 1), NEVER_STOPS),
+    (lambda o, s: ahead({}, dataclasses.replace(s, groups_per_step=100)) and refuse({"x": 1}), "test_an_ordinary_run_is_not_refused"),
+    (small, "test_a_capacity_with_which_the_loop_would_stop_is_refused"),
+    (lambda o, s: ahead(o, s, is_pinned=True), "test_a_pinned_run_is_the_same_every_time"),  # whichever come first
+    (shared_options, "test_the_plan_follows_from_options_and_shape"),
+    (lambda o, s: ahead({}, s), "test_an_option_that_does_not_exist_is_refused"),
+])  # fmt: skip
+def test_a_broken_workflow_is_seen(plan: Callable[[Any, LoopShape], LoopPlan], test: str) -> None:
+    needs_host = "host" in inspect.signature(getattr(WorkflowConformance, test)).parameters
+    broken(WorkflowConformance, test, WorkflowRecord("broken", plan), **({"host": PluginHost.load([], MeshConfig(), service="rollout")} if needs_host else {}))
+
+
+@pytest.mark.parametrize("record", [*CoreWorkflows().register_workflows(), WorkflowRecord("ahead", ahead)], ids=lambda r: r.name)
+def test_a_sound_workflow_passes(record: WorkflowRecord) -> None:
+    passes(WorkflowConformance(), record)
 
 
 # -- fidelity ----------------------------------------------------------------------------------------------------------------

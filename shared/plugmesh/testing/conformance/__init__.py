@@ -24,20 +24,24 @@ from plugmesh.testing.conformance.eviction import EvictionConformance
 from plugmesh.testing.conformance.grammar_engine import GrammarEngineConformance
 from plugmesh.testing.conformance.kv_codec import KvCodecConformance
 from plugmesh.testing.conformance.kv_hand_over import KvHandOverConformance
+from plugmesh.testing.conformance.loss import LossConformance
 from plugmesh.testing.conformance.prefill_policy import PrefillPolicyConformance
 from plugmesh.testing.conformance.prompt_filter import PromptFilterConformance
 from plugmesh.testing.conformance.quality_metric import QualityMetricConformance
+from plugmesh.testing.conformance.reward import RewardConformance
 from plugmesh.testing.conformance.router import RouterConformance
 from plugmesh.testing.conformance.sampler import SamplerConformance
 from plugmesh.testing.conformance.scheduler import SchedulerConformance
 from plugmesh.testing.conformance.strategy import StrategyConformance
 from plugmesh.testing.conformance.weight_format import WeightFormatConformance
+from plugmesh.testing.conformance.workflow import WorkflowConformance
 from plugmesh.testing.conformance.workload import WorkloadConformance
 
 __all__ = [
     "AdmissionConformance", "CardConformance", "DraftConformance", "EvictionConformance", "GrammarEngineConformance", "KvCodecConformance",
-    "KvHandOverConformance", "PrefillPolicyConformance", "PromptFilterConformance", "QualityMetricConformance", "RecordConformance",
-    "RouterConformance", "SamplerConformance", "SchedulerConformance", "StrategyConformance", "WeightFormatConformance", "WorkloadConformance", "suites",
+    "KvHandOverConformance", "LossConformance", "PrefillPolicyConformance", "PromptFilterConformance", "QualityMetricConformance", "RecordConformance",
+    "RewardConformance", "RouterConformance", "SamplerConformance", "SchedulerConformance", "StrategyConformance", "WeightFormatConformance",
+    "WorkflowConformance", "WorkloadConformance", "suites",
 ]  # fmt: skip
 
 
