@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -10,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from plugmesh import cards
 from plugmesh.errors import InvalidRequest
 from plugmesh.records import Reward, RewardRecord
 from plugmesh.testing.conformance.base import RecordConformance
@@ -72,6 +77,28 @@ class RewardConformance(RecordConformance):
         alone = [self.score(record.build(self.options), row) for row in rows]
 
         assert forwards == backwards == alone
+
+    def test_another_process_gives_the_same_numbers(self, record: RewardRecord, card: cards.Card) -> None:
+        """What orders sets or hashes text differs from process to process."""
+        rows = [row for row in self.rows() if sum(map(len, row)) < LONG]
+        given = [dict(self.settings), self.service_of(card), record.name, dict(self.options), rows]
+        code = f"""
+import json, sys
+sys.path[:0] = {[p for p in sys.path if p]!r}
+from plugmesh.config import MeshConfig
+from plugmesh.host import PluginHost
+settings, service, name, options, rows = json.load(sys.stdin)
+host = PluginHost.load([{self.slug!r}], MeshConfig(plugins={{{self.slug!r}: settings}} if settings else {{}}), service=service)
+reward = next(r for r in host.records("rewards") if r.name == name).build(options)
+print(json.dumps([reward.score(*row) for row in rows]), file=sys.stderr)
+"""
+        reward = record.build(self.options)
+        expected = [self.score(reward, row) for row in rows]
+        done = subprocess.run(
+            [sys.executable, "-c", code], input=json.dumps(given), env={**os.environ, "PYTHONHASHSEED": "12345"}, capture_output=True, text=True, timeout=60, check=False
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert json.loads(done.stderr.splitlines()[-1]) == expected
 
     def test_a_good_response_is_worth_more_than_a_bad_one(self, record: RewardRecord) -> None:
         reward = record.build(self.options)
