@@ -56,7 +56,10 @@ py::array map(int fd, size_t n, bool writable) {
 }
 
 bool collapse(const py::array& array) {
-  return madvise(const_cast<void*>(array.data()), size_t(array.nbytes()) / LARGE * LARGE, MADV_COLLAPSE) == 0;
+  void* begin = const_cast<void*>(array.data());
+  const size_t n = size_t(array.nbytes()) / LARGE * LARGE;
+  py::gil_scoped_release release;  // it copies: hundreds of milliseconds for a model, while a service's event loop must run
+  return madvise(begin, n, MADV_COLLAPSE) == 0;
 }
 #else
 py::array map(int, size_t, bool) {
