@@ -101,7 +101,9 @@ def streamed(workers: int, steps: int, shape: Shape, staleness: int, seed: int) 
 
     events: list[tuple[float, int, str, int]] = []  # time, tie, what, group
     generating: dict[int, int] = {}                 # group to version
+    pending: collections.Counter[int] = collections.Counter()  # version to groups that are being generated
     ready: list[tuple[int, int]] = []               # (version, group), a heap
+    waiting: collections.Counter[int] = collections.Counter()  # version to groups that are ready
     clock = rollout_busy = train_busy = 0.0
     handed = trained = version = 0
     is_training = False
@@ -117,20 +119,23 @@ def streamed(workers: int, steps: int, shape: Shape, staleness: int, seed: int) 
         nonlocal handed, is_training, train_busy, rollout_busy
         while handed < len(drawn) and len(generating) < num_rollout * shape.slots and handed - trained < (staleness + 1) * batch:
             generating[handed] = version
+            pending[version] += 1
             rollout_busy += float(drawn[handed]) / shape.slots
             later(clock + float(drawn[handed]), "generated", handed)
             handed += 1
         if is_training or len(ready) < batch:
             return
-        chosen = heapq.nsmallest(batch, ready)
-        left = collections.Counter(v for v, _ in ready)
-        left.subtract(v for v, _ in chosen)
-        if must_wait(left, collections.Counter(generating.values()), version, staleness, batch):
+        left, wanted = collections.Counter(waiting), batch
+        for v in sorted(left):
+            taken = min(wanted, left[v])
+            left[v] -= taken
+            wanted -= taken
+        if must_wait(left, pending, version, staleness, batch):
             return
-        taken = set(chosen)
+        chosen = [heapq.heappop(ready) for _ in range(batch)]
+        waiting.clear()
+        waiting.update(left)
         assert all(in_window(v, version, staleness) for v, _ in chosen), "a group became too old"
-        ready[:] = [x for x in ready if x not in taken]
-        heapq.heapify(ready)
         lags.update(version - v for v, _ in chosen)
         is_training = True
         train_busy += training
@@ -140,7 +145,10 @@ def streamed(workers: int, steps: int, shape: Shape, staleness: int, seed: int) 
     while events:
         clock, _, what, group = heapq.heappop(events)
         if what == "generated":
-            heapq.heappush(ready, (generating.pop(group), group))
+            made_by = generating.pop(group)
+            pending[made_by] -= 1
+            waiting[made_by] += 1
+            heapq.heappush(ready, (made_by, group))
         elif what == "trained":
             later(clock + shape.publish_cost, "published", 0)
         else:
