@@ -48,7 +48,7 @@ Formats: {names}. Each is a subset of its RFC (host names below 63 characters, n
 
 Not every valid instance can be written. Left out are: numbers with an exponent where the schema says anything about their value; fractions of more than 15
 digits there, which doubles cannot tell apart; escapes in constrained strings where plain characters do; whitespace other than none, one space, or a new line and
-up to 32 spaces, and any before `,` and `:`; members in another order than the schema's where more than {limits.any_order_properties} properties are declared;
+up to 16 spaces, and any before `,` and `:`; members in another order than the schema's where more than {limits.any_order_properties} properties are declared;
 and, with `contains` or negated `properties`, repeated names that would undo what was found.
 
 Multiples are those of decimal arithmetic: 0.3 is a multiple of 0.1, though a validator that divides doubles says otherwise.

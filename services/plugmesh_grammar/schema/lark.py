@@ -26,7 +26,7 @@ class LarkWriter:
     """Source of one grammar.
 
     Args:
-        flexible: Allow whitespace: none, a space, or a new line and up to 32 spaces.
+        flexible: Allow whitespace: none, a space, or a new line and up to 16 spaces.
     """
 
     def __init__(self, grammar: Grammar, *, flexible: bool) -> None:
@@ -53,7 +53,7 @@ class LarkWriter:
         if isinstance(part, Ref):
             return part.rule
         if isinstance(part, Space):
-            return f"{self._lexeme(' |' + chr(92) + 'n {0,32}')}?" if self._flexible else '""'
+            return f"{self._lexeme(' |' + chr(92) + 'n {0,16}')}?" if self._flexible else '""'
         if isinstance(part, FreeNumber):
             return self._lexeme(_NUMBER)
         if isinstance(part, FreeString):

@@ -162,7 +162,9 @@ def _written(grammar: Grammar, flexible: bool) -> tuple[Candidate, ...]:
     # llguidance also takes GBNF, but whole strings and numbers as lexemes are faster.
     lark = LarkWriter(grammar, flexible=flexible).write()
     candidates = [Candidate("lark", lark)] if lark else []
-    return Candidate("ebnf", EbnfWriter(grammar, flexible=flexible).write()), *candidates
+    writer = EbnfWriter(grammar, flexible=flexible)
+    ebnf = Candidate("ebnf", writer.write())
+    return (*candidates, ebnf) if writer.counts_far else (ebnf, *candidates)
 
 
 def _schema(schema: Any, limits: SchemaLimits, flexible: bool, relaxed: bool) -> Lowered:
@@ -231,7 +233,7 @@ def _structural_tag(tag: Any, limits: SchemaLimits, flexible: bool, relaxed: boo
                 error.fields["path"] = f"{path}/json_schema{error.fields.get('path', '')}"
                 raise
             dropped.extend(Unenforced(u.keyword, f"{path}/json_schema{u.path}", u.reason) for u in lowered.unenforced)
-            return {"type": "grammar", "grammar": lowered.candidates[0].source}
+            return {"type": "grammar", "grammar": next(c.source for c in lowered.candidates if c.language == "ebnf")}
         return {name: walk(item, f"{path}/{name}") for name, item in value.items()}
 
     if not isinstance(tag, dict):
