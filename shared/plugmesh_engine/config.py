@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 from plugmesh.errors import ConfigError
@@ -34,6 +35,8 @@ class EngineConfig:
         num_threads: Threads of the executor; 0 takes all cores that the process may run on (torch: leaves the process's setting).
         max_held: Sequences that may be held after their end (`EngineRequest.hold`); Overloaded above it.
         jump_forward: Append text that a grammar leaves no choice about without a forward pass for each token.
+        overlap_masks: Compute what grammars allow beside the forward pass, not before it. None: where the pass leaves a core to that; threads that wait for
+            one another at every layer lose more by being interrupted than the masks take.
         grammar_timeout_s: A grammar's matcher that takes longer for one step costs its request, so that the others go on.
         max_draft_tokens: Most tokens that a draft method may add to one sequence's step; 0 switches drafting off.
     """
@@ -53,7 +56,20 @@ class EngineConfig:
     max_draft_tokens: int = 16
     max_held: int = 64
     jump_forward: bool = True
+    overlap_masks: bool | None = None
     grammar_timeout_s: float = 1.0
+
+
+def leaves_a_core(config: EngineConfig) -> bool:
+    """Whether a core of this process is free while the model computes."""
+    if config.device != "cpu" or config.executor == "cuda":
+        return True
+    return 0 < config.num_threads < num_cpus()
+
+
+def num_cpus() -> int:
+    """Processors that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def resolve_executor(config: EngineConfig, architecture: str = "llama") -> str:

@@ -272,16 +272,17 @@ class Grammars:
         if not cursor.is_free[row] and not cursor.masks[row].any():
             raise InternalError("the grammar allows no token at all")
 
-    def collect(self) -> None:
-        """Waits for what `fill` began; `Cursor.error` tells whose masks there are none of."""
+    def collect(self, *, is_awaited: bool = False) -> None:
+        """Waits for what `fill` began; `Cursor.error` tells whose masks there are none of. `is_awaited`: nothing else is done meanwhile, so they are not late."""
         batch, self._filling = self._filling, None
         if batch is None:
             return
         if not batch.is_done:
             began = time.perf_counter()
             self._matching.wait(batch)
-            self.counters.num_masks_late += 1
-            self.counters.late_ms += (time.perf_counter() - began) * 1e3
+            if not is_awaited:
+                self.counters.num_masks_late += 1
+                self.counters.late_ms += (time.perf_counter() - began) * 1e3
         self._charge(batch.jobs)
 
     # -- behind the sampler ----------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from plugmesh.records import DraftContext, KvCodecRecord, PromptFilterContext, S
 from plugmesh.types import BLOCK_TOKENS, FinishReason, TokenInfo, Usage, block_chain, block_id
 from plugmesh_engine.admission import check_request
 from plugmesh_engine.batch import StepResult
-from plugmesh_engine.config import EngineConfig
+from plugmesh_engine.config import EngineConfig, leaves_a_core
 from plugmesh_engine.constrained import WINDOW_TOKENS, Advance, Cursor, Grammars
 from plugmesh_engine.filtering import Filtering
 from plugmesh_engine.forks import Holds, Origin
@@ -111,6 +111,7 @@ class Engine(Swapping):
                 )
             self._drafter = Drafter(drafts, name, max_tokens=config.max_draft_tokens, max_model_len=self.max_model_len, vocab_size=c.vocab_size)
         self._grammars = Grammars(c.vocab_size, c.eos_token_ids, jump=config.jump_forward, timeout_s=config.grammar_timeout_s)
+        self._overlaps_masks = leaves_a_core(config) if config.overlap_masks is None else config.overlap_masks
         self._swap: Swap | None = None
         self._num_swaps = 0
         self._filling: list[Seq] = []  # sequences whose masks are computed beside the forward pass
@@ -492,6 +493,8 @@ class Engine(Swapping):
             rows.extend((a.grammar, p.draft) for a in samplers if a.grammar is not None)
         if rows:
             self._grammars.fill(rows)
+            if not self._overlaps_masks:
+                self._grammars.collect(is_awaited=True)
 
     def _collect_masks(self) -> None:
         """Waits for the masks. A request whose matcher failed ends here."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import mmap
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +23,7 @@ from plugmesh.errors import ConfigError, FailedPrecondition
 from plugmesh.records import KvCodecContext, KvCodecRecord, WeightFormatRecord
 from plugmesh.types import BLOCK_TOKENS, KvLayout, ModelConfig
 from plugmesh_engine.batch import Rows, StepResult, Tap
-from plugmesh_engine.config import EngineConfig
+from plugmesh_engine.config import EngineConfig, num_cpus
 from plugmesh_engine.executors import shared_weights
 from plugmesh_engine.foreign import (
     EMBEDDING,
@@ -330,8 +329,3 @@ def _linears(kernels: Any, model: NativeModel) -> dict[str, Any]:
     if model.config.tie_word_embeddings:
         found[HEAD] = linear(HEAD, *shapes[EMBEDDING]) if HEAD in foreign or HEAD in buffers else found[EMBEDDING]
     return found
-
-
-def num_cpus() -> int:
-    """Processors that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

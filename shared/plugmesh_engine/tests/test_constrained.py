@@ -490,7 +490,7 @@ def test_masks_are_filled_while_the_model_computes(monkeypatch):
         return fill(self, mask)
 
     monkeypatch.setattr(SmallMatcher, "fill", meeting_fill)
-    engine = engine_of(jump_forward=False, grammar_timeout_s=60)
+    engine = engine_of(jump_forward=False, grammar_timeout_s=60, overlap_masks=True)
     run = engine._executor.run
 
     def meeting_run(*args):
