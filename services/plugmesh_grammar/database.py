@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sqlite3
+import time
 from pathlib import Path
 
 import alembic.command
@@ -37,8 +39,16 @@ def connect(url: str, password: str | None = None) -> sa.Engine:
     @event.listens_for(engine, "connect")
     def _on_connect(dbapi_connection, record):  # type: ignore[no-untyped-def] # the driver's own types
         dbapi_connection.isolation_level = None  # transactions begin where SQLAlchemy says, not at the first INSERT
-        for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "busy_timeout=5000"):
+        for pragma in ("busy_timeout=5000", "synchronous=NORMAL"):
             dbapi_connection.execute(f"PRAGMA {pragma}")
+        for attempt in range(100):  # two that make a new file a WAL at once do not wait for each other: one is told that it is locked
+            try:
+                dbapi_connection.execute("PRAGMA journal_mode=WAL")
+                return
+            except sqlite3.OperationalError:
+                if attempt == 99:
+                    raise
+                time.sleep(0.05)
 
     @event.listens_for(engine, "begin")
     def _on_begin(connection: sa.Connection) -> None:

@@ -28,6 +28,7 @@ from plugmesh.errors import (
     Unavailable,
     UnsupportedGrammar,
 )
+from plugmesh.grammar.pairing import pairings
 from plugmesh.grammar.seams import CompiledGrammar, GrammarEngine, GrammarVocabulary, Matcher
 from plugmesh.grammar.spec import GrammarSpec
 from plugmesh.host import PluginHost
@@ -108,20 +109,17 @@ class Worker:
         if not records:
             raise Unavailable("no grammar engine can be used here", retry_after_s=5)
         refusal: PlugmeshError | None = None
-        for candidate in lowered.candidates:
-            for record in records:
-                if candidate.language not in record.languages:
-                    continue
-                try:
-                    compiled = engines[record.name].compile(candidate.language, candidate.source)
-                except UnsupportedGrammar as e:
-                    refusal = refusal or e
-                    continue
-                info = {
-                    "engine": record.name, "version": record.version, "language": candidate.language, "compile_ms": 1000 * (time.perf_counter() - began),
-                    "unenforced": [{"keyword": u.keyword, "path": u.path, "reason": u.reason} for u in lowered.unenforced],
-                }
-                return info, compiled
+        for candidate, language, record in pairings([(c.language, c) for c in lowered.candidates], records):
+            try:
+                compiled = engines[record.name].compile(language, candidate.source)
+            except UnsupportedGrammar as e:
+                refusal = refusal or e
+                continue
+            info = {
+                "engine": record.name, "version": record.version, "language": language, "compile_ms": 1000 * (time.perf_counter() - began),
+                "unenforced": [{"keyword": u.keyword, "path": u.path, "reason": u.reason} for u in lowered.unenforced],
+            }
+            return info, compiled
         languages = ", ".join(dict.fromkeys(c.language for c in lowered.candidates)) or "nothing"
         raise refusal or UnsupportedGrammar(
             f"it can be written as {languages}, which no engine of {', '.join(r.name for r in records)} takes", param="grammar", keyword=spec.kind, path="")

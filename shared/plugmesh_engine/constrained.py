@@ -173,13 +173,15 @@ class Grammars:
         vocab_size: Width of the model's logits.
         jump: Append forced text.
         timeout_s: A matcher that takes longer for one sequence's part of a step is given up on.
+        fill_ahead: Compute the next token's mask as soon as a token is accepted, not beside the next forward pass: one exchange between threads a step less.
     """
 
-    def __init__(self, vocab_size: int, end_ids: Collection[int], *, jump: bool, timeout_s: float) -> None:
+    def __init__(self, vocab_size: int, end_ids: Collection[int], *, jump: bool, timeout_s: float, fill_ahead: bool = False) -> None:
         self.counters = GrammarCounters()
         self._vocab_size = vocab_size
         self._eos = frozenset(end_ids)
         self._jump = jump
+        self._fill_ahead = fill_ahead
         self._jumpers: dict[str, Jumper] = {}
         self._matching = Matching(timeout_s)
         self._filling: Batch | None = None
@@ -315,6 +317,9 @@ class Grammars:
                 break
         a.told = Told(tuple(tokens), tuple(rows), cursor.is_over)
         self.counters.num_jumped_tokens += rows.count(-1)
+        if self._fill_ahead and not cursor.is_over and not cursor.num_ready and 0 < len(tokens) < a.budget and tokens[-1] not in a.end_ids:
+            self._fill_row(cursor, 0)
+            cursor.num_ready = 1
 
     def resume(self, parts: Sequence[Advance]) -> None:
         """As `advance`, of sequences that came with tokens: what an undisturbed run would have appended behind them."""

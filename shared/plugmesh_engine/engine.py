@@ -110,8 +110,10 @@ class Engine(Swapping):
                     DraftContext(config.max_draft_tokens, config.max_num_sequences, config.num_blocks, c.vocab_size, self.measure_step_ms)
                 )
             self._drafter = Drafter(drafts, name, max_tokens=config.max_draft_tokens, max_model_len=self.max_model_len, vocab_size=c.vocab_size)
-        self._grammars = Grammars(c.vocab_size, c.eos_token_ids, jump=config.jump_forward, timeout_s=config.grammar_timeout_s)
         self._overlaps_masks = leaves_a_core(config) if config.overlap_masks is None else config.overlap_masks
+        self._grammars = Grammars(
+            c.vocab_size, c.eos_token_ids, jump=config.jump_forward, timeout_s=config.grammar_timeout_s, fill_ahead=not self._overlaps_masks
+        )
         self._swap: Swap | None = None
         self._num_swaps = 0
         self._filling: list[Seq] = []  # sequences whose masks are computed beside the forward pass

@@ -23,6 +23,7 @@ import uvloop
 from plugmesh import logs
 from plugmesh.config import MeshConfig
 from plugmesh.errors import FailedPrecondition, PlugmeshError
+from plugmesh.grammar.pairing import pairings
 from plugmesh.grammar.seams import CompiledGrammar, GrammarEngine, GrammarVocabulary
 from plugmesh.grammar.vocabulary import vocabulary_of
 from plugmesh.host import PluginHost
@@ -66,9 +67,7 @@ class Side:
         """The first candidate that the engine takes. Raises FailedPrecondition when it takes none, naming the last reason."""
         record, built = self.engines[engine]
         reason = f"it takes {', '.join(sorted(record.languages))}, not {', '.join(c['language'] for c in candidates)}"
-        for candidate in candidates:
-            if candidate["language"] not in record.languages:
-                continue
+        for candidate, _, _ in pairings([(c["language"], c) for c in candidates], [record]):
             began = time.perf_counter()
             try:
                 data = built.compile(candidate["language"], candidate["source"])

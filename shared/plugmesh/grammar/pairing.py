@@ -1,0 +1,34 @@
+"""Which engine gets a grammar that can be written in several languages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeVar
+
+from plugmesh.records import GrammarEngineRecord
+
+C = TypeVar("C")
+
+
+def pairings(candidates: Sequence[tuple[str, C]], engines: Sequence[GrammarEngineRecord]) -> Iterator[tuple[C, str, GrammarEngineRecord]]:
+    """What to try, in order: the candidates in theirs, each with the engines in theirs.
+
+    An engine that reads Lark gets GBNF only where nothing else is left: it has whole strings and numbers as lexemes there, and would go through GBNF's rules character by
+    character, a hundred times slower.
+
+    Args:
+        candidates: Language and source of each; all mean the same.
+    """
+    last: list[tuple[C, str, GrammarEngineRecord]] = []
+    has_lark = any(language == "lark" for language, _ in candidates)
+    for language, candidate in candidates:
+        for record in _takers(engines, language):
+            if language == "ebnf" and has_lark and "lark" in record.languages:
+                last.append((candidate, language, record))
+            else:
+                yield candidate, language, record
+    yield from last
+
+
+def _takers(engines: Iterable[GrammarEngineRecord], language: str) -> Iterator[GrammarEngineRecord]:
+    return (record for record in engines if language in record.languages)
