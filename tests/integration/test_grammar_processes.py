@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import pathlib
+import runpy
 import subprocess
 import sys
 import time
@@ -101,8 +102,7 @@ async def test_the_example_for_other_engines_writes_what_the_schema_wants(proces
         subprocess.run, [sys.executable, script, "--grammar", addresses[0], "--tokenizer", addresses[1], "--sequences", "6", "--seed", "3"],
         capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": str(ROOT / "shared")}, check=False)
     assert done.returncode == 0, done.stderr
-    example: dict[str, object] = {"__name__": "example"}
-    exec(compile(script.read_text(), str(script), "exec"), example)
+    example = runpy.run_path(str(script))
     values = [json.loads(line) for line in done.stdout.splitlines()]
 
     assert len(values) == 6

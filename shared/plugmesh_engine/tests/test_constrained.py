@@ -514,3 +514,24 @@ def test_seq_builds_what_it_says():
     for text in ("a", "bc", "ade", "bced", "", "b", "ad" * 3, "abc", "ae"):
         assert grammar.matches(text.encode()) == bool(re.fullmatch("(a|bc)[de]*", text))
 
+
+
+@pytest.mark.parametrize("jump", [False, True])
+def test_masks_beside_the_forward_pass_and_ahead_of_it_are_the_same(jump):
+    """Ahead, only a prompt's own step hands masks to the other thread between acceptances."""
+    found, batches = {}, {}
+    for beside in (False, True):
+        engine = engine_of(jump_forward=jump, overlap_masks=beside)
+        fill, filled = engine._grammars.fill, []
+
+        def counting(rows, fill=fill, filled=filled, engine=engine):
+            fill(rows)
+            filled.append(engine._grammars._filling is not None)
+
+        engine._grammars.fill = counting
+        found[beside] = run_to_end(engine, ask("a"), ask("b", dataclasses.replace(GREEDY, temperature=1.5, seed=4)))
+        batches[beside] = sum(filled)
+        check_clean(engine)
+        engine.close()
+    assert found[True] == found[False]
+    assert batches[False] < batches[True]

@@ -186,3 +186,16 @@ def test_format_can_be_an_annotation() -> None:
 def test_the_same_schema_gives_the_same_text() -> None:
     schema = json.dumps({"oneOf": [{"required": ["b"]}, {"required": ["a"]}], "patternProperties": {"^x": {"type": "string"}, "y$": {"minimum": 2}}})
     assert lower(GrammarSpec("json_schema", schema)) == lower(GrammarSpec("json_schema", schema))
+
+
+@pytest.mark.parametrize("engine", list(conformance.ENGINES))
+@pytest.mark.parametrize(("least", "most"), [(0, 3), (2, 2), (3, None), (1, 64), (0, 65), (65, None), (70, 80)])
+def test_bounded_strings_count_characters(engine, least, most):
+    lowered = lower(GrammarSpec("json_schema", json.dumps({"type": "string", "minLength": least, **({} if most is None else {"maxLength": most})})))
+    accepts = conformance.matcher_of(engine)(next(c.source for c in lowered.candidates if c.language == conformance.ENGINES[engine]))
+    for piece in ("a", "\u00e9", "\U0001f600", '"', "\\", "\n"):
+        for num in {0, 1, least - 1, least, least + 1, 3, (most or 90) - 1, most or 90, (most or 90) + 1} - {-1}:
+            wanted = least <= num <= (most if most is not None else num)
+            assert accepts(json.dumps(piece * num, ensure_ascii=False).encode()) == wanted, (piece, num)
+    # What xgrammar would count it is given only where nobody else is.
+    assert [c.language for c in lowered.candidates] == (["lark", "ebnf"] if max(least, most or 0) > 64 else ["ebnf", "lark"])
