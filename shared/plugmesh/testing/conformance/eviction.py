@@ -141,6 +141,7 @@ class EvictionConformance(RecordConformance):
             other = Tier(self.order(record, capacity, "disk"), capacity, sizes)
             for what, number in acts:
                 first.act(what, number)
+                first.check_coldest(1 + number % 4)
                 other.act(what, 13 - number)
                 if what != "coldest":
                     second.act(what, number)
