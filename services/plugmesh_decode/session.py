@@ -7,9 +7,11 @@ import collections
 from collections.abc import AsyncIterator, Callable, Sequence
 
 from plugmesh.errors import Overloaded, PlugmeshError
+from plugmesh.mesh.rpc.frames import MAX_MESSAGE_BYTES
 from plugmesh_proto.v1 import decode_pb2 as pb
 
-MERGE_ABOVE_FRAMES = 32  # a consumer this far behind gets later steps merged into its last frame
+MERGE_ABOVE_FRAMES = 32                     # a consumer this far behind gets later steps merged into its last frame
+MAX_MERGED_BYTES = MAX_MESSAGE_BYTES // 2   # of such a frame: no carrier may have to refuse what was merged, rows with many log-probabilities neither
 
 
 class Session:
@@ -27,6 +29,7 @@ class Session:
         self.comes_back = comes_back
         self._frames: collections.deque[pb.TokenFrame] = collections.deque()
         self._num_rows = 0
+        self._last_bytes = 0      # of the last frame, as soon as something was merged into it
         self._max_rows = max_rows
         self._ready = asyncio.Event()
         self._closed = False
@@ -55,11 +58,20 @@ class Session:
         if self._num_rows > self._max_rows:
             self.close(Overloaded(f"the consumer left {self._num_rows} rows unread, more than {self._max_rows}", retry_after_s=1))
             return
-        if len(self._frames) >= MERGE_ABOVE_FRAMES:
-            self._frames[-1].MergeFrom(frame)
-        else:
+        if len(self._frames) < MERGE_ABOVE_FRAMES or not self._merge(frame):
             self._frames.append(frame)
+            self._last_bytes = 0
         self._ready.set()
+
+    def _merge(self, frame: pb.TokenFrame) -> bool:
+        """Adds the rows to the last frame, unless that would become too large."""
+        last = self._frames[-1]
+        num_bytes = (self._last_bytes or last.ByteSize()) + frame.ByteSize()
+        if num_bytes > MAX_MERGED_BYTES:
+            return False
+        last.MergeFrom(frame)
+        self._last_bytes = num_bytes
+        return True
 
     def wake(self) -> None:
         """Has `frames` give an empty frame, for a reader with something else to fetch."""

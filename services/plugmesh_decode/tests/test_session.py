@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plugmesh.errors import Overloaded
-from plugmesh_decode.session import MERGE_ABOVE_FRAMES, Session
+from plugmesh_decode.session import MAX_MERGED_BYTES, MERGE_ABOVE_FRAMES, Session
 from plugmesh_proto.v1 import decode_pb2 as pb
 
 
@@ -49,6 +49,24 @@ def test_a_slow_consumer_gets_every_row_in_order(sizes, pause_after):
 
         assert list(range(sent)) == received
         assert num_frames <= MERGE_ABOVE_FRAMES
+
+    asyncio.run(scenario())
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(1, MAX_MERGED_BYTES * 2 // 3), max_size=80))
+def test_frames_are_merged_up_to_a_size_that_every_carrier_takes(sizes):
+    async def scenario():
+        session = Session(10_000)
+        for step, size in enumerate(sizes):
+            session.put(step, [pb.TokenRow(request_id="r", index=step, weight_version="x" * size)])
+        session.close()
+        frames = [f async for f in session.frames()]
+
+        assert list(range(len(sizes))) == [r.index for f in frames for r in f.rows]
+        assert all(f.ByteSize() <= MAX_MERGED_BYTES for f in frames)
+        # Two neighbours that could have been one are so only among the first ones.
+        assert all(a.ByteSize() + b.ByteSize() > MAX_MERGED_BYTES for a, b in zip(frames[MERGE_ABOVE_FRAMES - 1 :], frames[MERGE_ABOVE_FRAMES:], strict=False))
 
     asyncio.run(scenario())
 
