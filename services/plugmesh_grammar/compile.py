@@ -10,7 +10,7 @@ import hashlib
 import json
 import pathlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import structlog
@@ -57,17 +57,25 @@ def front_end_version() -> str:
 
 
 def _hash(*parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":"), default=str).encode()).hexdigest()  # TOML has dates
 
 
 class Compiler:
-    """For one event loop; nothing blocks it for longer than looking through one grammar's text takes."""
+    """For one event loop; nothing blocks it for longer than looking through one grammar's text takes.
 
-    def __init__(self, records: Sequence[GrammarEngineRecord], pool: WorkerPool, catalogue: Catalogue | None, settings: Settings) -> None:
+    Args:
+        plugin_settings: `[plugins.<slug>]` of the plugins that bring the engines; a form that was compiled under others is not used again.
+    """
+
+    def __init__(
+        self, records: Sequence[GrammarEngineRecord], pool: WorkerPool, catalogue: Catalogue | None, settings: Settings, *,
+        plugin_settings: Mapping[str, Mapping[str, Any]],
+    ) -> None:
         self._records = list(records)
         self._pool = pool
         self._catalogue = catalogue
         self._settings = settings
+        self._made_by = (front_end_version(), {slug: table for slug, table in plugin_settings.items() if table})
         self._cached: collections.OrderedDict[str, Entry] = collections.OrderedDict()  # by request hash
         self._by_key: dict[str, str] = {}
         self._running: dict[str, asyncio.Task[Entry]] = {}
@@ -92,7 +100,7 @@ class Compiler:
         if spec.engine and all(r.name != spec.engine for r in self._records):
             raise InvalidRequest(f"there is no grammar engine {spec.engine[:64]!r}; there are {', '.join(r.name for r in self._records)}", param="grammar.engine")
         fields = dataclasses.asdict(spec)
-        request = _hash(fields, model.hash, front_end_version(), [[r.name, r.version] for r in self._records])
+        request = _hash(fields, model.hash, self._made_by, [[r.name, r.version] for r in self._records])
         found = self._known(request)
         if found is not None:
             return found
@@ -145,7 +153,7 @@ class Compiler:
             raise
         self.num_compiled += 1
         fields = {k: v for k, v in dataclasses.asdict(spec).items() if k != "engine"}
-        key = _hash(fields, model.hash, front_end_version(), compiled.engine, compiled.engine_version)
+        key = _hash(fields, model.hash, self._made_by, compiled.engine, compiled.engine_version)
         if self._catalogue is not None:
             await asyncio.to_thread(self._catalogue.put, request, key, model.hash, compiled)
         return self._keep(request, Entry(key, model.hash, compiled, "compiled"))

@@ -62,7 +62,8 @@ class GrammarService:
         self.pool = WorkerPool(config, settings, on_load=self._show_load)
         self.matching = Matching(config, settings)
         self.catalogue = self._make_catalogue()
-        self.compiler = Compiler(self.records, self.pool, self.catalogue, settings)
+        self.compiler = Compiler(
+            self.records, self.pool, self.catalogue, settings, plugin_settings={slug: config.plugins.get(slug, {}) for slug in context.plugins.slugs})
         self.num_streams = 0
         self.is_draining = False
         self._idle = asyncio.Event()

@@ -13,7 +13,7 @@ class Base(DeclarativeBase):
 class GrammarRow(Base):
     """One compiled form, by what was asked for; the grammar's text is not kept.
 
-    `request`: hash of specification, tokenizer, front end and the engines that were there. `key`: what the compiled form is called.
+    `request`: hash of specification, tokenizer, front end, the engines that were there and their plugins' settings. `key`: what the compiled form is called.
     """
 
     __tablename__ = "grammars"

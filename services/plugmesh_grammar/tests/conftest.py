@@ -88,10 +88,10 @@ class Rig:
         self.folder = folder
         self.client = GrammarClient(mesh)
 
-    async def add(self, *, plugins=None, **settings):
-        """A grammar instance, as the runtime makes it."""
+    async def add(self, *, plugins=None, plugin_settings=None, **settings):
+        """A grammar instance, as the runtime makes it; `plugin_settings` by slug."""
         table = {} if plugins is None else {"plugins": list(plugins)}
-        config = MeshConfig.model_validate({"mesh": {"model": "tiny", "data_dir": str(self.folder)}, "services": {"grammar": table}})
+        config = MeshConfig.model_validate({"mesh": {"model": "tiny", "data_dir": str(self.folder)}, "services": {"grammar": table}, "plugins": plugin_settings or {}})
         return await self.mesh.host("grammar", create, settings=Settings(**{"compile_workers": 1, **settings, **table}), config=config)
 
 

@@ -239,6 +239,18 @@ async def test_a_restart_serves_from_the_catalogue_without_compiling(literal):
     assert b"LIThello" == data
 
 
+async def test_a_form_that_was_compiled_under_other_settings_of_the_engines_plugin_is_not_used(literal):
+    infos, compiled = [], []
+    for limit in (1, 2, 1):
+        instance = await literal.add(plugin_settings={"t_literal": {"limit": limit}})
+        infos.append(await literal.client.compile(HELLO, "", timeout_s=10))
+        compiled.append(instance.service.compiler.num_compiled)
+        await literal.mesh.kill(instance.info.instance_id)
+
+    assert [1, 1, 0] == compiled
+    assert infos[0].key == infos[2].key != infos[1].key
+
+
 @pytest.mark.slow
 async def test_the_memory_cache_has_a_cap_and_what_left_it_is_in_the_catalogue(literal):
     instance = await literal.add(cache_bytes=30)
