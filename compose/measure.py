@@ -67,6 +67,18 @@ def chat(port: int, key: str, prompt: str, *, max_tokens: int = 32, timeout_s: f
         connection.close()
 
 
+def post(port: int, key: str, body: dict[str, Any], timeout_s: float = 120.0) -> tuple[int, dict[str, Any]]:
+    """A chat completion that is not streamed: status and JSON."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout_s)
+    try:
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
+        connection.request("POST", "/v1/chat/completions", json.dumps({"model": "smollm2", **body}), headers)
+        response = connection.getresponse()
+        return response.status, json.loads(response.read(1 << 20))
+    finally:
+        connection.close()
+
+
 def get(port: int, path: str, key: str = "", timeout_s: float = 10.0) -> tuple[int, str]:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout_s)
     try:

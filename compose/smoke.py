@@ -18,6 +18,7 @@ from typing import Any
 
 import measure
 import prepare
+import structured
 from prepare import HERE, StackError, say
 
 PLUGMESH_SERVICES = ("gateway", "tokenizer", "grammar", "weightstore", "prefill", "decode", "kvstore")
@@ -140,6 +141,14 @@ def use(stack: Stack, result: Result) -> None:
     checks["a long prompt is answered"] = "" if long.status == 200 and long.text else f"status {long.status}: {long.text[:300]!r}"
     figures["prefills"] = prefills(stack)
     checks["prompts were computed in the prefill container"] = "" if figures["prefills"].get("remote") else str(figures["prefills"])
+    begin = time.monotonic()
+    ask = lambda body: measure.post(stack.port, stack.key, body)  # noqa: E731
+    checks["a strict schema is kept at temperature 1"] = structured.strict_schema(ask)
+    figures["three_strict_schemas_s"] = round(time.monotonic() - begin, 3)
+    checks["a required tool call has the declared arguments"] = structured.tool_call(ask)
+    checks["a schema that cannot be enforced is refused by name"] = structured.refusal(ask)
+    figures["grammars"] = grammars(stack)
+    checks["the grammar container compiled each form once"] = "" if figures["grammars"].get("compiled") == 2 else str(figures["grammars"])
     status, body = measure.get(stack.port, "/v1/models", stack.key)
     checks["the model is listed"] = "" if status == 200 and json.loads(body).get("data") else f"status {status}: {body[:200]}"
     checks["a chat without a key is refused with 401"] = expect(401, measure.chat(stack.port, "", PROMPT).status)
@@ -168,9 +177,19 @@ def has_module(stack: Stack, service: str, module: str) -> bool:
 
 def prefills(stack: Stack) -> dict[str, int]:
     """Prompts by where they were computed, as the decode container counts them."""
+    return counters(stack, "decode", "plugmesh_decode_prefills_total", "mode")
+
+
+def grammars(stack: Stack) -> dict[str, int]:
+    """Grammars by where the service had them from."""
+    return counters(stack, "grammar", "plugmesh_grammar_lookups_total", "source")
+
+
+def counters(stack: Stack, service: str, name: str, label: str) -> dict[str, int]:
+    """A counter of a container's metrics page by its only label."""
     script = "import urllib.request as u; print(u.urlopen('http://127.0.0.1:9100/metrics', timeout=5).read().decode())"
-    found = re.findall(r'(?m)^plugmesh_decode_prefills_total\{mode="(\w+)"\} (\S+)$', stack.inside("decode", "python", "-c", script))
-    return {mode: int(float(count)) for mode, count in found}
+    found = re.findall(rf'(?m)^{name}\{{{label}="(\w+)"\}} (\S+)$', stack.inside(service, "python", "-c", script))
+    return {value: int(float(count)) for value, count in found}
 
 
 def published(found: dict[str, dict[str, Any]]) -> str:
