@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import contextlib
 import uuid
-from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -31,15 +31,49 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Generated:
-    """What one request gave, by sequence."""
+    """What one request gave, by sequence.
+
+    Attributes:
+        weight_versions: Of each token, the version of the weights that made it, as the weightstore names it.
+        weight_epochs: The numbers of these versions' publications; 0 for an imported one.
+    """
 
     request_id: str
     sequences: tuple[tuple[TokenInfo, ...], ...]
     finish_reasons: tuple[FinishReason | None, ...]
     usage: Usage
+    weight_versions: tuple[tuple[str, ...], ...] = ()
+    weight_epochs: Mapping[str, int] = field(default_factory=dict)
 
     def token_ids(self, sequence: int = 0) -> list[int]:
         return [t.token_id for t in self.sequences[sequence]]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What one step did for one sequence of a request.
+
+    Attributes:
+        index: Of the first token among the sequence's generated ones, resumed ones included.
+        weight_version, weight_epoch: Of the weights that made these tokens; the epoch is their publication's number, 0 for imported ones.
+        usage: Of the whole request, with its last piece.
+    """
+
+    sequence: int
+    index: int
+    tokens: tuple[TokenInfo, ...]
+    finish_reason: FinishReason | None
+    weight_version: str
+    weight_epoch: int
+    usage: Usage | None
+
+
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """Tokens of a sequence that came before, from another instance perhaps: they count as generated and do not come again."""
+
+    token_ids: Sequence[int]
+    is_finished: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +133,27 @@ class DecodeClient:
         """
         request = self._request(token_ids, request_id, sampling, hold=hold, max_total_tokens=max_total_tokens, priority=priority)
         return await self._generate(request)
+
+    async def stream(
+        self, token_ids: Sequence[int], *, resume: Sequence[Resumed] = (), request_id: str = "", priority: int = 0, local_prefill: bool = False, **sampling: Any
+    ) -> AsyncIterator[Piece]:
+        """As `generate`, step by step. Leaving early ends the request.
+
+        Args:
+            resume: Of each sequence, or empty.
+            local_prefill: The prompt is computed by the instance itself, whatever its policy.
+
+        Raises:
+            DataLoss: Tokens are missing, or the last piece.
+        """
+        request = self._request(token_ids, request_id, sampling, priority=priority)
+        for i, r in enumerate(resume):
+            request.resume.add(sequence=i, token_ids=r.token_ids, finished=r.is_finished)
+        if local_prefill:
+            request.prefill_mode = decode_pb2.GenerateRequest.PREFILL_LOCAL
+        async with contextlib.aclosing(self._pieces(request, [len(r.token_ids) for r in resume])) as pieces:
+            async for piece in pieces:
+                yield piece
 
     async def fork(
         self, origin: Origin | Generated | str, token_ids: Sequence[int] = (), *, request_id: str = "", hold: bool = False, max_total_tokens: int = 0,
@@ -191,22 +246,47 @@ class DecodeClient:
 
     async def _generate(self, request: decode_pb2.GenerateRequest) -> Generated:
         tokens: list[list[TokenInfo]] = [[] for _ in range(request.sampling.num_sequences)]
+        versions: list[list[str]] = [[] for _ in tokens]
         reasons: list[FinishReason | None] = [None] * len(tokens)
+        epochs: dict[str, int] = {}
         usage: Usage | None = None
-        with _typed_errors():
-            async for frame in self._stub.Generate(request, timeout=self._timeout_s):
-                for row in frame.rows:
-                    if row.HasField("error"):
-                        raise error_from_pb(row.error)
-                    if row.tokens and row.index != len(tokens[row.sequence]):
-                        raise DataLoss(f"tokens {len(tokens[row.sequence])} to {row.index} of sequence {row.sequence} are missing")
-                    tokens[row.sequence].extend(map(token_from_pb, row.tokens))
-                    reasons[row.sequence] = finish_from_pb(row.finish_reason) or reasons[row.sequence]
-                    if row.request_done:
-                        usage = usage_from_pb(row.usage)
-        if usage is None:
+        async for piece in self._pieces(request):
+            tokens[piece.sequence].extend(piece.tokens)
+            versions[piece.sequence].extend([piece.weight_version] * len(piece.tokens))
+            if piece.tokens:
+                epochs[piece.weight_version] = piece.weight_epoch
+            reasons[piece.sequence] = piece.finish_reason or reasons[piece.sequence]
+            usage = piece.usage or usage
+        assert usage is not None
+        return Generated(request.request_id, tuple(map(tuple, tokens)), tuple(reasons), usage, tuple(map(tuple, versions)), epochs)
+
+    async def _pieces(self, request: decode_pb2.GenerateRequest, num_resumed: Sequence[int] = ()) -> AsyncGenerator[Piece]:
+        """Rows in order, up to the last one; raises the row's error, and DataLoss where rows are missing."""
+        counts = list(num_resumed) or [0] * request.sampling.num_sequences
+        made_by = [("", 0) for _ in counts]  # told where it changes
+        is_done = False
+        call = self._stub.Generate(request, timeout=self._timeout_s)
+        try:
+            with _typed_errors():
+                async for frame in call:
+                    for row in frame.rows:
+                        if row.HasField("error"):
+                            raise error_from_pb(row.error)
+                        i = row.sequence
+                        if row.tokens and row.index != counts[i]:
+                            raise DataLoss(f"tokens {counts[i]} to {row.index} of sequence {i} are missing")
+                        counts[i] += len(row.tokens)
+                        if row.weight_version:
+                            made_by[i] = row.weight_version, row.weight_epoch
+                        is_done |= row.request_done
+                        yield Piece(
+                            i, row.index, tuple(map(token_from_pb, row.tokens)), finish_from_pb(row.finish_reason), made_by[i][0], made_by[i][1],
+                            usage_from_pb(row.usage) if row.request_done else None,
+                        )  # fmt: skip
+        finally:
+            call.cancel()  # of no effect on one that has ended
+        if not is_done:
             raise DataLoss("the rows ended early")
-        return Generated(request.request_id, tuple(map(tuple, tokens)), tuple(reasons), usage)
 
 
 @contextlib.contextmanager
