@@ -4,22 +4,38 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
+import structlog
 
-from plugmesh.client.decode import DecodeClient
+from plugmesh.client.decode import Resumed
+from plugmesh.errors import Cancelled, DataLoss, DeadlineExceeded, InternalError, Overloaded, PlugmeshError, Unavailable
+from plugmesh.types import InstanceInfo
 from plugmesh_rollout.loop.folder import Figures
 from plugmesh_rollout.loop.policy import Policy, Sample
+from plugmesh_rollout.loop.publish import Decoders, wait_for
+
+log = structlog.get_logger()
 
 T = TypeVar("T")
 RUN_S = 0.02  # of engine steps between two looks at what came
+RETRY_S = 0.05
+MAX_FAILURES = 5
 
 
 class Backend(Protocol):
-    """Generates groups of responses. For one event loop."""
+    """Generates groups of responses. For one event loop.
+
+    Attributes:
+        takes_weights: `load` needs the tensors; else an empty mapping does.
+    """
+
+    takes_weights: bool
 
     @property
     def version(self) -> int:
@@ -36,6 +52,8 @@ class Backend(Protocol):
 
 class EngineBackend:
     """A `Policy` on a thread of its own. Steps, additions and new weights take turns there."""
+
+    takes_weights = True
 
     def __init__(self, policy: Policy, figures: Figures) -> None:
         self._policy = policy
@@ -95,37 +113,135 @@ class EngineBackend:
         self._policy.close()
 
 
-class MeshBackend:
-    """The decode service behind a client.
+@dataclass(slots=True)
+class _Begun:
+    """A sequence so far."""
 
-    The weights are the service's own business: `load` says only by which version's number they go from now on.
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
+    is_finished: bool = False
+
+    def sample(self) -> Sample:
+        return Sample(np.array(self.token_ids, np.int32), np.array(self.logprobs, np.float32), np.array(self.versions, np.int32))
+
+
+class MeshBackend:
+    """The decode instances of a mesh, whose weights the run publishes (`loop/publish.py`).
+
+    Every token has the version that its instance says made it. A group begins with the version that was loaded, or a newer one, and no token of it is older: an
+    instance that is not known to serve it is not asked, and what one answers with older weights, or with weights of somebody else, is thrown away. When an
+    instance goes away another one goes on behind the tokens that have come, or the same one when it is back.
     """
 
-    def __init__(self, decode: DecodeClient) -> None:
-        self._decode = decode
-        self._version = 0
+    takes_weights = False
+
+    def __init__(self, decoders: Decoders) -> None:
+        self._decoders = decoders
+        self._version = -1
+        self._asked: dict[str, int] = {}  # requests that an instance works on for us
+        self._bringing: asyncio.Task[None] | None = None
         self.num_tokens = 0
+        self.num_moved = 0  # requests that were taken up again, at another instance mostly
 
     @property
     def version(self) -> int:
         return self._version
 
     async def load(self, version: int, tensors: Mapping[str, np.ndarray]) -> None:
-        self._version = version
+        """Returns when an instance serves this version, or a newer one where that is published by now: see `version` then."""
+        newest = await wait_for(self._decoders.published, version)
+        while not self._decoders.serving(newest.number):
+            await self._decoders.bring(newest)
+            if not self._decoders.serving(newest.number):
+                await asyncio.sleep(RETRY_S)
+                newest = await wait_for(self._decoders.published, version)
+        self._version = newest.number
 
     async def generate(self, name: str, prompt_ids: Sequence[int], num: int, seed: int, *, max_tokens: int, lengths: Sequence[int] = ()) -> list[Sample]:
-        version = self._version
-        found = await self._decode.generate(list(prompt_ids), temperature=1.0, seed=seed, max_tokens=max_tokens, logprobs=True, num_sequences=num)
-        samples = []
-        for tokens in found.sequences:
-            self.num_tokens += len(tokens)
-            samples.append(
-                Sample(
-                    np.array([t.token_id for t in tokens], np.int32), np.array([t.logprob for t in tokens], np.float32),
-                    np.full(len(tokens), version, np.int32),
-                )
-            )
-        return samples
+        sampling: dict[str, Any] = {"temperature": 1.0, "logprobs": True}
+        if not lengths:
+            return await self._answer(prompt_ids, self._version, {**sampling, "seed": seed, "max_tokens": max_tokens, "num_sequences": num})
+        each = [{**sampling, "seed": seed + i, "max_tokens": length, "ignore_eos": True} for i, length in enumerate(lengths)]
+        async with asyncio.TaskGroup() as group:
+            asked = [group.create_task(self._answer(prompt_ids, self._version, one)) for one in each]
+        return [task.result()[0] for task in asked]
+
+    async def _answer(self, prompt_ids: Sequence[int], oldest: int, sampling: Mapping[str, Any]) -> list[Sample]:
+        """One request, begun as often as it takes. Raises what is the request's own fault, and what fails again and again without anybody being away."""
+        begun = [_Begun() for _ in range(sampling.get("num_sequences", 1))]
+        num_failed, attempt = 0, 0
+        while not all(s.is_finished for s in begun):
+            info = await self._instance(oldest)
+            self._asked[info.instance_id] = self._asked.get(info.instance_id, 0) + 1
+            try:
+                await self._stream(info, prompt_ids, oldest, sampling, begun)
+                break
+            except Overloaded:
+                await asyncio.sleep(RETRY_S)
+                continue
+            except (Unavailable, DataLoss, Cancelled, DeadlineExceeded) as e:
+                self._decoders.doubt(info)
+                log.info("rl.instance_lost", instance=info.instance_id, code=e.code, num_tokens=sum(len(s.token_ids) for s in begun))
+            except _Stale as e:
+                self._decoders.doubt(info)
+                log.warning("rl.other_weights", instance=info.instance_id, weight_version=str(e), oldest=oldest)
+                num_failed += 1
+            except InternalError:
+                self._decoders.doubt(info)
+                num_failed += 1
+                if num_failed >= MAX_FAILURES:
+                    raise
+            finally:
+                self._asked[info.instance_id] -= 1
+            if num_failed >= MAX_FAILURES:
+                raise InternalError(f"decode instance {info.instance_id} serves other weights than this run's, again and again: does another run use it?")
+            attempt += 1
+            self.num_moved += 1
+            await asyncio.sleep(min(1.0, RETRY_S * 2 ** min(attempt, 5)))
+        return [s.sample() for s in begun]
+
+    async def _stream(self, info: InstanceInfo, prompt_ids: Sequence[int], oldest: int, sampling: Mapping[str, Any], begun: list[_Begun]) -> None:
+        """Adds to `begun` what comes. Raises _Stale before anything of weights that must not be used is added."""
+        resume = [Resumed(tuple(s.token_ids), s.is_finished) for s in begun] if any(s.token_ids for s in begun) else []
+        numbers: dict[str, int] = {}
+        pieces = self._decoders.client(info).stream(list(prompt_ids), resume=resume, local_prefill=True, **sampling)
+        async for piece in pieces:
+            s = begun[piece.sequence]
+            if piece.tokens:
+                name = piece.weight_version
+                if name not in numbers:
+                    number = self._decoders.published.number_of(name)
+                    if number is None or number < oldest:
+                        raise _Stale(name)
+                    numbers[name] = number
+                s.token_ids += [t.token_id for t in piece.tokens]
+                s.logprobs += [t.logprob for t in piece.tokens]
+                s.versions += [numbers[name]] * len(piece.tokens)
+                self.num_tokens += len(piece.tokens)
+            if piece.finish_reason is not None:
+                s.is_finished = True
+
+    async def _instance(self, oldest: int) -> InstanceInfo:
+        """The one that has the least to do for us among those that serve the version. Waits until there is one."""
+        while not (found := self._decoders.serving(oldest)):
+            await self._decoders.bring(await wait_for(self._decoders.published, oldest))
+            if not self._decoders.serving(oldest):
+                await asyncio.sleep(RETRY_S)
+        if len(found) < len(self._decoders.instances()) and (self._bringing is None or self._bringing.done()):
+            self._bringing = asyncio.create_task(self._bring_others(oldest))
+        return min(found, key=lambda i: self._asked.get(i.instance_id, 0))
+
+    async def _bring_others(self, oldest: int) -> None:
+        with contextlib.suppress(PlugmeshError):
+            await self._decoders.bring(await wait_for(self._decoders.published, oldest))
+        await asyncio.sleep(RETRY_S)
 
     async def close(self) -> None:
-        pass
+        if self._bringing is not None:
+            self._bringing.cancel()
+            await asyncio.gather(self._bringing, return_exceptions=True)
+
+
+class _Stale(Exception):
+    """An instance answered with weights that the request must not have; names them."""

@@ -74,8 +74,18 @@ class RolloutPart(StrictModel):
     """`[rollout]`."""
 
     workers: int = pydantic.Field(1, ge=1, le=64)
-    backend: Literal["engine", "mesh"] = "engine"           # an engine in the worker's process, or the decode service at `address`
-    address: str = ""
+    backend: Literal["engine", "mesh"] = "engine"           # an engine in the worker's process, or the decode instances of a mesh
+    # What becomes of sequences that run when new weights come: they end under the old ones, go on under the new ones, or do so after their KV was made anew.
+    swap: Literal["finish", "continue", "abort"] = "finish"
+    mesh: str = ""                                          # of backend mesh: its name, where several run here
+    nats: str = ""                                          # its broker, where it does not run here; with user and password file
+    nats_user: str = ""
+    nats_password_file: pathlib.Path | None = None
+    address: str = ""                                       # in place of a mesh's table: "host:port" of each decode instance, with commas between them
+    weightstore: str = ""                                   # and of the weightstore
+    base: str = ""                                          # model of the mesh that the first publication is based on; "": its default
+    publish_as: str = pydantic.Field("rl", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")  # name of the newest weights in the weightstore
+    publish_dtype: Literal["float32", "bfloat16"] = "float32"  # of matrices
     executor: Literal["auto", "native", "torch"] = "auto"
     group_size: int = pydantic.Field(8, ge=1)
     groups_per_step: int = pydantic.Field(16, ge=1)

@@ -29,7 +29,6 @@ import numpy as np
 import structlog
 
 from plugmesh import logs
-from plugmesh.client.decode import DecodeClient
 from plugmesh.client.rollout import Batch, RolloutClient, Row
 from plugmesh.client.rollout_values import Value
 from plugmesh.config import MeshConfig
@@ -38,9 +37,11 @@ from plugmesh.host import PluginHost
 from plugmesh.records import LoopPlan, LoopShape, Loss, Reward
 from plugmesh_rollout.loop import tasks
 from plugmesh_rollout.loop.backends import Backend, EngineBackend, MeshBackend
+from plugmesh_rollout.loop.fleet import Addresses, Fleet, ObservedMesh, connect
 from plugmesh_rollout.loop.folder import Figures, RunFolder
 from plugmesh_rollout.loop.losses import CoreLosses, group_advantages
 from plugmesh_rollout.loop.policy import Policy, Sample, seed_of
+from plugmesh_rollout.loop.publish import Decoders, Publisher, published_of
 from plugmesh_rollout.loop.rewards import CoreRewards
 from plugmesh_rollout.loop.settings import Settings, checked
 from plugmesh_rollout.loop.synchronous import examples_of, measured, policy_of
@@ -132,8 +133,13 @@ async def rollout(run: Run, number: int = 0, backend: Backend | None = None) -> 
     """Keeps `groups_at_once` groups in the backend; each begins with the weights that are newest when it is handed out, or with those the plan pins."""
     s, figures = run.settings, run.figures(f"rollout-{number}")
     own = backend is None
-    if backend is None:
-        backend = await _backend(run, figures)
+    fleet: Addresses | ObservedMesh | None = None
+    if backend is None and s.rollout.backend == "mesh":
+        fleet = await connect(s.rollout)
+        backend = MeshBackend(Decoders(fleet, published_of(run.folder), s.rollout.swap))
+    elif backend is None:
+        config, _ = await asyncio.to_thread(run.folder.load_weights, 0)
+        backend = EngineBackend(policy_of(s, config), figures)
     slots, live = asyncio.Semaphore(s.rollout.groups_at_once), set[asyncio.Task[None]]()
     worker = _Rollout(run, backend, figures, slots)
     try:
@@ -156,6 +162,8 @@ async def rollout(run: Run, number: int = 0, backend: Backend | None = None) -> 
         figures.close()
         if own:
             await backend.close()
+        if fleet is not None:
+            await fleet.close()
 
 
 class _Rollout:
@@ -186,14 +194,22 @@ class _Rollout:
             if wanted != self._backend.version:
                 await self._load(wanted)
         elif latest != self._backend.version:
+            await self._run.client.release(batch)  # first: weights may come late
             await self._load(latest)
-            await self._run.client.release(batch)
             return None if self._run.stop.is_set() else await self.next_group()
         return batch
 
     async def _load(self, version: int) -> None:
-        _, tensors = await asyncio.to_thread(self._run.folder.load_weights, version)
-        await self._backend.load(version, tensors)
+        tensors = (await asyncio.to_thread(self._run.folder.load_weights, version))[1] if self._backend.takes_weights else {}
+        loading, stopping = asyncio.ensure_future(self._backend.load(version, tensors)), asyncio.ensure_future(self._run.stop.wait())
+        try:
+            await asyncio.wait({loading, stopping}, return_when=asyncio.FIRST_COMPLETED)  # a mesh that is away is waited for without end
+            if not loading.done():
+                return
+            loading.result()
+        finally:
+            loading.cancel()
+            stopping.cancel()
         self._figures.add(version=version, tokens=self.num_tokens, lost=self.num_lost)
 
     async def generate(self, batch: Batch) -> None:
@@ -231,16 +247,6 @@ def drawn_lengths(settings: Settings, group: int) -> list[int]:
 
 def group_number(row: Row) -> int:
     return int(row.group)
-
-
-async def _backend(run: Run, figures: Figures) -> Backend:
-    r = run.settings.rollout
-    if r.backend == "mesh":
-        import grpc.aio
-
-        return MeshBackend(DecodeClient(grpc.aio.insecure_channel(r.address)))
-    config, _ = await asyncio.to_thread(run.folder.load_weights, 0)
-    return EngineBackend(policy_of(run.settings, config), figures)
 
 
 # -- scoring ------------------------------------------------------------------------------------------------------------
@@ -306,15 +312,26 @@ async def _stream(
 # -- training -----------------------------------------------------------------------------------------------------------
 
 
-async def train(run: Run, number: int = 0, on_step: Callable[[StepFacts], None] = lambda facts: None) -> Trainer:
-    """Steps until the run's end; new weights after each. Goes on from the checkpoint where there is one."""
+async def train(run: Run, number: int = 0, on_step: Callable[[StepFacts], None] = lambda facts: None, fleet: Fleet | None = None) -> Trainer:
+    """Steps until the run's end; new weights after each. Goes on from the checkpoint where there is one.
+
+    Args:
+        fleet: Where weights are published, where the run's backend is a mesh; by default the one that its settings name.
+    """
     s, folder, plan, figures = run.settings, run.folder, run.plan, run.figures("trainer-0")
     trainer = await asyncio.to_thread(_trainer, run)
     reward: Reward = run.record("rewards", s.reward.name).build(s.reward.options)
     policy: Policy | None = None
     started = time.monotonic()
     num_evicted = 0
+    own_fleet: Addresses | ObservedMesh | None = None
+    publisher: Publisher | None = None
     try:
+        if s.rollout.backend == "mesh":
+            if fleet is None:
+                fleet = own_fleet = await connect(s.rollout)
+            publisher = Publisher(fleet, folder, s, run.figures("publisher-0"))
+            publisher.start(trainer.step_number)
         if trainer.step_number == 0 and s.run.eval_every:
             policy = policy_of(s, trainer.model.config)
             figures.add(before=await asyncio.to_thread(_measure, policy, trainer, s, reward))
@@ -334,6 +351,8 @@ async def train(run: Run, number: int = 0, on_step: Callable[[StepFacts], None] 
                 if trainer.step_number % s.run.checkpoint_every == 0 or trainer.step_number == s.run.steps:
                     await asyncio.to_thread(trainer.save, folder.checkpoint, topic=run.topic, indexes=json.dumps(batch.indexes))
             await run.client.publish_version(run.topic, trainer.step_number)
+            if publisher is not None:
+                publisher.offer(trainer.step_number)
             try:
                 await run.client.ack(batch)
             except StaleIncarnation:  # of a trainer that goes on from a checkpoint after somebody cleared the rows, or a lease that a pause outlasted
@@ -354,7 +373,13 @@ async def train(run: Run, number: int = 0, on_step: Callable[[StepFacts], None] 
             on_step(facts)
             if s.run.time_limit_s and time.monotonic() - started > s.run.time_limit_s:
                 break
+        if publisher is not None and not await publisher.finish():
+            log.warning("rl.not_published", version=trainer.step_number)
     finally:
+        if publisher is not None:
+            await publisher.close()
+        if own_fleet is not None:
+            await own_fleet.close()
         figures.close()
         if policy is not None:
             policy.close()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -71,7 +71,7 @@ async def publish(
     """
     async with _channel(target) as channel:
         stub = weightstore_pb2_grpc.WeightStoreStub(channel)
-        try:
+        with typed_errors():
             base = {} if full else await _base(stub, base_version, timeout_s)
             hashed = await asyncio.to_thread(lambda: [(name, _declared(name, array)) for name, array in tensors.items()])
             sent = [(d, tensors[name]) for name, d in hashed if base.get(name) != (d.dtype, tuple(d.shape), d.sha256)]
@@ -80,9 +80,16 @@ async def publish(
                 metadata=metadata or {}, make_default=make_default,
             )  # fmt: skip
             reply = await stub.Publish(_parts(header, [array for _, array in sent]), timeout=timeout_s)
-        except grpc.aio.AioRpcError as e:
-            raise error_from_rpc(e) from None
     return Published(reply.model, reply.version, reply.publication, len(sent), reply.received_bytes, reply.num_reused_tensors, tuple(reply.removed_versions))
+
+
+@contextlib.contextmanager
+def typed_errors() -> Iterator[None]:
+    """What a call raises, as `plugmesh.errors`."""
+    try:
+        yield
+    except grpc.RpcError as e:
+        raise error_from_rpc(e) from None
 
 
 async def _base(stub: weightstore_pb2_grpc.WeightStoreStub, version: str, timeout_s: float) -> dict[str, tuple[str, tuple[int, ...], str]]:
