@@ -31,7 +31,7 @@ MESH_NAME = "compose"  # [mesh] name in mesh.toml; subjects carry it
 UPSTREAM_BASE = "debian:bookworm-slim"
 IMPORTED_BASE = "plugmesh-base:bookworm"
 EXTRAS = ("gateway", "tokenizer", "grammar", "weightstore", "kvstore", "engine", "postgres")
-PLATFORMS = ("manylinux_2_28", "manylinux_2_27", "manylinux_2_26", "manylinux_2_24", "manylinux_2_17", "manylinux2014")
+PLATFORMS = (*(f"manylinux_2_{minor}" for minor in range(36, 16, -1)), "manylinux2014")  # up to the glibc of Debian 12
 
 
 class StackError(Exception):

@@ -9,7 +9,7 @@ import pathlib
 import random
 import time
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, cast
 
 import hypothesis
 import numpy as np
@@ -228,8 +228,8 @@ def test_a_broken_router_is_seen(router: type, test: str) -> None:
 def test_broken_policies_and_hand_overs_are_seen() -> None:
     always = PrefillPolicyRecord("broken", lambda *_: "remote")
     broken(PrefillPolicyConformance, "test_a_prompt_that_is_cached_but_for_a_token_is_computed_here_when_nobody_waits", always)
-    broken(PrefillPolicyConformance, "test_any_numbers_get_one_of_the_two_answers", PrefillPolicyRecord("broken", lambda *n: "local" if n[0] < 10**6 else ""))
-    broken(KvHandOverConformance, "test_any_prompt_and_layout_gets_a_plan", KvHandOverRecord("broken", lambda n, layout: True))
+    broken(PrefillPolicyConformance, "test_any_numbers_get_one_of_the_two_answers", PrefillPolicyRecord("broken", cast(Any, lambda *n: "local" if n[0] < 10**6 else "")))
+    broken(KvHandOverConformance, "test_any_prompt_and_layout_gets_a_plan", KvHandOverRecord("broken", cast(Any, lambda n, layout: True)))
     dice = random.Random(0)
     broken(KvHandOverConformance, "test_the_same_prompt_travels_the_same_way", KvHandOverRecord("broken", lambda n, layout: HandOver(dice.random() < 0.5)))
 
@@ -294,7 +294,10 @@ class Rolls(Recency):
 
 class Pops(Recency):
     def coldest(self, n):
-        return [k for k in list(self.idle)[:n] if self.touch(k) is None]
+        found = super().coldest(n)
+        for key in found:
+            self.touch(key)
+        return found
 
 
 class Remembers(Recency):
@@ -824,9 +827,11 @@ def test_a_sound_reward_passes(record: RewardRecord) -> None:
     passes(RewardConformance(), record)
 
 
-def refuse(options: Any) -> None:
+def refuse(options: Any) -> Literal[False]:
+    """False, for what follows an `or`, when there is nothing to refuse."""
     if options:
         raise InvalidRequest("no options")
+    return False
 
 
 class Capped:
