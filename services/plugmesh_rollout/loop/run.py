@@ -23,6 +23,7 @@ from plugmesh.errors import ConfigError, InternalError, NotFound
 from plugmesh_rollout.alone import Alone
 from plugmesh_rollout.config import Settings as TableSettings
 from plugmesh_rollout.loop.folder import RunFolder
+from plugmesh_rollout.loop.publish import check_mesh, published_of
 from plugmesh_rollout.loop.settings import Settings
 from plugmesh_rollout.loop.synchronous import first_weights
 from plugmesh_rollout.loop.trainer import StepFacts, Trainer
@@ -49,7 +50,7 @@ async def prepared(settings: Settings) -> AsyncIterator[tuple[Run, int]]:
     """A run that workers can join: checked, version 0 made, the table there and its topic; and the step that it begins with.
 
     Raises:
-        ConfigError: An unknown record or plugin, or a folder of a run with other settings.
+        ConfigError: An unknown record or plugin, a folder of a run with other settings, or a mesh that cannot serve this run.
         InvalidRequest: A workflow that could not work, among others with a capacity below what it needs.
     """
     host = host_of(settings)
@@ -63,6 +64,9 @@ async def prepared(settings: Settings) -> AsyncIterator[tuple[Run, int]]:
         config, tensors = await asyncio.to_thread(first_weights, settings)
         folder.save_weights(0, config, tensors)
     step, facts = _checkpoint(folder)
+    if settings.rollout.backend == "mesh":
+        await check_mesh(settings, plan, folder.load_weights(0)[0])
+        published_of(folder).forget_after(step)
     async with contextlib.AsyncExitStack() as stack:
         address = settings.run.table
         if not address:
@@ -84,6 +88,8 @@ def _essential(settings: dict[str, Any]) -> dict[str, Any]:
     settings = json.loads(json.dumps(settings))
     for key in ("steps", "time_limit_s", "eval_every", "eval_examples", "table", "durability"):
         settings["run"].pop(key, None)
+    for key in ("mesh", "nats", "nats_user", "nats_password_file", "address", "weightstore"):
+        settings["rollout"].pop(key, None)
     return dict(settings)
 
 

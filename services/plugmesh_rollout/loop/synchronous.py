@@ -33,7 +33,7 @@ def examples_of(settings: Settings) -> tasks.Examples:
 
 def policy_of(settings: Settings, config: ModelConfig) -> Policy:
     r = settings.rollout
-    return Policy(config, executor=r.executor, max_sequences=r.group_size * r.groups_at_once, max_len=config.max_position)
+    return Policy(config, executor=r.executor, max_sequences=r.group_size * r.groups_at_once, max_len=config.max_position, swap=r.swap)
 
 
 def train_rows(group: int, prompt_ids: list[int], samples: list[Sample], rewards: list[float], settings: Settings) -> list[TrainRow]:

@@ -98,6 +98,8 @@ def plan_of(settings: Settings, host: PluginHost) -> LoopPlan:
         raise ConfigError(f"no workflow {settings.workflow.name!r}; known: {', '.join(records)}")
     shape = LoopShape(r.group_size, r.groups_per_step, r.groups_at_once * r.workers)
     plan: LoopPlan = records[settings.workflow.name].plan(settings.workflow.options, shape)
+    if plan.is_pinned and r.swap != "finish":
+        raise ConfigError(f"rollout.swap: {r.swap} changes weights under sequences, and the policy pins those of each: use finish, or another policy")
     return plan
 
 
@@ -319,7 +321,10 @@ async def train(run: Run, number: int = 0, on_step: Callable[[StepFacts], None] 
         fleet: Where weights are published, where the run's backend is a mesh; by default the one that its settings name.
     """
     s, folder, plan, figures = run.settings, run.folder, run.plan, run.figures("trainer-0")
-    trainer = await asyncio.to_thread(_trainer, run)
+    trainer, facts_before = await asyncio.to_thread(_trainer, run)
+    if facts_before.get("topic") == run.topic:  # of a trainer that ended before it could tell the table
+        await run.client.clear(run.topic, json.loads(facts_before["indexes"]))
+        await run.client.publish_version(run.topic, trainer.step_number)
     reward: Reward = run.record("rewards", s.reward.name).build(s.reward.options)
     policy: Policy | None = None
     started = time.monotonic()
@@ -386,13 +391,12 @@ async def train(run: Run, number: int = 0, on_step: Callable[[StepFacts], None] 
     return trainer
 
 
-def _trainer(run: Run) -> Trainer:
+def _trainer(run: Run) -> tuple[Trainer, dict[str, str]]:
+    """And what its checkpoint says, where there is one."""
     config, tensors = run.folder.load_weights(0)
     loss: Loss = run.record("losses", run.settings.loss.name).build(run.settings.loss.options)
     trainer = Trainer(config, tensors, run.settings.trainer, loss)
-    if run.folder.checkpoint.exists():
-        trainer.load(run.folder.checkpoint)
-    return trainer
+    return trainer, trainer.load(run.folder.checkpoint) if run.folder.checkpoint.exists() else {}
 
 
 def _step(trainer: Trainer, batch: Batch, staleness: int) -> StepFacts:
