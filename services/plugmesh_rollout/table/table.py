@@ -28,8 +28,10 @@ from plugmesh.errors import (
     PlugmeshError,
 )
 from plugmesh.records import Sampler, SamplerRecord
-from plugmesh_rollout.table import ledger as log_of
+from plugmesh_rollout.table import entries as log_of
 from plugmesh_rollout.table.controller import Topic, TopicStatus
+from plugmesh_rollout.table.index import SavedTopic
+from plugmesh_rollout.table.ledger import Ledger
 from plugmesh_rollout.table.topic import Lease, NewRow, StoredRow, TopicSpec
 
 log = structlog.get_logger()
@@ -116,7 +118,7 @@ class Table:
     """
 
     def __init__(
-        self, samplers: Mapping[str, SamplerRecord], ledger: log_of.Ledger | None = None, *, memory_bytes: int = 8 << 30, waiting_bytes: int = 64 << 20,
+        self, samplers: Mapping[str, SamplerRecord], ledger: Ledger | None = None, *, memory_bytes: int = 8 << 30, waiting_bytes: int = 64 << 20,
         max_topics: int = 256, max_waiting: int = 1024, clock: Callable[[], float] = time.monotonic,
         on_change: Callable[[OpenTopic], None] = lambda topic: None,
     ) -> None:  # fmt: skip
@@ -173,7 +175,7 @@ class Table:
         await self._committed(self._append([log_of.TopicDropped(name)]))
         return True
 
-    def restore(self, saved: Sequence[log_of.SavedTopic]) -> None:
+    def restore(self, saved: Sequence[SavedTopic]) -> None:
         """What a ledger holds; before anything else."""
         for s in saved:
             opened = self.topics[s.name] = OpenTopic(TopicSpec.from_json(s.spec))
@@ -434,7 +436,9 @@ class Table:
 
     async def checkpoint(self) -> int:
         """Compacts the ledger; returns the number of topics."""
-        await self._committed(self._append([log_of.Compacted(n, t.topic.spec.remember_rows) for n, t in self.topics.items()]))
+        number = self._append([log_of.Compacted(n, t.topic.spec.remember_rows) for n, t in self.topics.items()])
+        if self._ledger is not None:
+            await self._ledger.in_tables(number)
         return len(self.topics)
 
     def statuses(self, name: str = "") -> list[tuple[OpenTopic, TopicStatus]]:
