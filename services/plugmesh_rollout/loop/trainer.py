@@ -15,6 +15,7 @@ from plugmesh.errors import DataLoss, InternalError
 from plugmesh.records import Loss
 from plugmesh.types import ModelConfig
 from plugmesh_rollout.loop.model import LlamaForTraining, token_logprobs
+from plugmesh_rollout.loop.parts import cut
 from plugmesh_rollout.loop.settings import TrainerPart
 from plugmesh_rollout.loop.tasks import Examples
 
@@ -69,9 +70,9 @@ class Trainer:
             InternalError: The loss or its gradient is not finite; the weights are then as before the optimizer's step.
         """
         s = self._settings
-        rows = sorted(rows, key=lambda r: (len(r.prompt_ids) + len(r.response_ids), r.number))  # parts are filled up to their longest row
+        rows = sorted(rows, key=lambda r: (len(r.prompt_ids) + len(r.response_ids), r.number))
         num_tokens = sum(len(r.response_ids) for r in rows)
-        parts = [rows[i : i + s.part_rows] for i in range(0, len(rows), s.part_rows)]
+        parts = [rows[begin:end] for begin, end in cut([len(r.prompt_ids) + len(r.response_ids) for r in rows], s.part_rows)]
         proximal = [self._proximal(part) for part in parts] if self._loss.needs_proximal else [None] * len(parts)
         facts: dict[str, float] = {}
         loss_sum = norm = 0.0
