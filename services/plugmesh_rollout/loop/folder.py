@@ -37,6 +37,10 @@ class RunFolder:
     def load_weights(self, version: int) -> tuple[ModelConfig, dict[str, np.ndarray]]:
         return load_weights(self.weights(version))
 
+    def versions(self) -> list[int]:
+        """Those that are kept, oldest first."""
+        return sorted(int(path.stem) for path in self._weights.glob("*.safetensors"))
+
     def drop_weights(self, below: int) -> None:
         """Version 0 stays: it is the reference, and the beginning."""
         for path in self._weights.glob("*.safetensors"):

@@ -18,7 +18,6 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
 import structlog
 
 from plugmesh.client import weights
@@ -26,6 +25,7 @@ from plugmesh.client.decode import DecodeClient
 from plugmesh.errors import ConfigError, DataLoss, DeadlineExceeded, NotFound, Overloaded, PlugmeshError, Unavailable
 from plugmesh.types import InstanceInfo, ModelConfig
 from plugmesh_engine.swap import difference
+from plugmesh_engine.testing import to_bfloat16
 from plugmesh_proto.v1 import decode_pb2, decode_pb2_grpc, weightstore_pb2, weightstore_pb2_grpc
 from plugmesh_rollout.loop.fleet import Fleet, connect
 from plugmesh_rollout.loop.folder import Figures, RunFolder
@@ -257,7 +257,7 @@ class Publisher:
         r = self._settings.rollout
         _, tensors = await asyncio.to_thread(self._folder.load_weights, number)
         if r.publish_dtype == "bfloat16":
-            tensors = {name: bfloat16(a) if a.ndim > 1 else a for name, a in tensors.items()}
+            tensors = {name: to_bfloat16(a) if a.ndim > 1 else a for name, a in tensors.items()}
         base = before if before and await self._is_there(before) else r.base
         facts = {"run_seed": str(self._settings.run.seed), "train_step": str(number)}
         # A delta: only tensors whose bytes differ from the base's go over the wire.
@@ -269,12 +269,6 @@ class Publisher:
         except NotFound:
             return False
         return True
-
-
-def bfloat16(a: np.ndarray) -> np.ndarray:
-    """Bit patterns (uint16) of the nearest bfloat16 values, ties to even."""
-    bits = np.ascontiguousarray(a, np.float32).view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
 async def resolve(fleet: Fleet, version: str) -> weightstore_pb2.ModelManifest:
@@ -292,7 +286,7 @@ async def _default_model(fleet: Fleet) -> str:
     return (await resolve(fleet, "")).version
 
 
-async def check_mesh(settings: Settings, plan: LoopPlan, config: ModelConfig) -> None:
+async def check_mesh(settings: Settings, plan: LoopPlan, config: ModelConfig, fleet: Fleet | None = None) -> None:
     """What a run on a mesh needs, before anything is started.
 
     Raises:
@@ -304,11 +298,14 @@ async def check_mesh(settings: Settings, plan: LoopPlan, config: ModelConfig) ->
             "rollout: backend mesh cannot generate with weights that a policy pins, because an instance serves one version: use the policy weight_fifo, "
             "ready_first or windowed, or the workflow synchronous"
         )
-    fleet = await connect(r)
-    try:
+    if fleet is not None:
         await check_fleet(fleet, r.base, config)
+        return
+    connected = await connect(r)
+    try:
+        await check_fleet(connected, r.base, config)
     finally:
-        await fleet.close()
+        await connected.close()
 
 
 async def check_fleet(fleet: Fleet, base: str, config: ModelConfig) -> None:

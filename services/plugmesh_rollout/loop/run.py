@@ -22,6 +22,7 @@ from plugmesh.client.rollout import RolloutClient
 from plugmesh.errors import ConfigError, InternalError, NotFound
 from plugmesh_rollout.alone import Alone
 from plugmesh_rollout.config import Settings as TableSettings
+from plugmesh_rollout.loop.fleet import Fleet
 from plugmesh_rollout.loop.folder import RunFolder
 from plugmesh_rollout.loop.publish import check_mesh, published_of
 from plugmesh_rollout.loop.settings import Settings
@@ -46,7 +47,7 @@ class Progress:
 
 
 @contextlib.asynccontextmanager
-async def prepared(settings: Settings) -> AsyncIterator[tuple[Run, int]]:
+async def prepared(settings: Settings, fleet: Fleet | None = None) -> AsyncIterator[tuple[Run, int]]:
     """A run that workers can join: checked, version 0 made, the table there and its topic; and the step that it begins with.
 
     Raises:
@@ -65,7 +66,7 @@ async def prepared(settings: Settings) -> AsyncIterator[tuple[Run, int]]:
         folder.save_weights(0, config, tensors)
     step, facts = _checkpoint(folder)
     if settings.rollout.backend == "mesh":
-        await check_mesh(settings, plan, folder.load_weights(0)[0])
+        await check_mesh(settings, plan, folder.load_weights(0)[0], fleet)
         published_of(folder).forget_after(step)
     async with contextlib.AsyncExitStack() as stack:
         address = settings.run.table
@@ -80,7 +81,7 @@ async def prepared(settings: Settings) -> AsyncIterator[tuple[Run, int]]:
         if step and facts.get("topic") == name:
             await client.clear(name, json.loads(facts["indexes"]))  # trained already; the acknowledgement may have been lost
         await client.publish_version(name, step)
-        yield Run(settings, plan, host, folder, client, name), step
+        yield Run(settings, plan, host, folder, client, name, fleet=fleet), step
 
 
 def _essential(settings: dict[str, Any]) -> dict[str, Any]:
@@ -118,9 +119,13 @@ async def _topic(client: RolloutClient, folder: RunFolder, settings: Settings, s
     return f"{prefix}-{number}"
 
 
-async def run_in_process(settings: Settings, on_step: Callable[[StepFacts], None] = lambda facts: None) -> Trainer:
-    """All workers as tasks of this event loop, each a stream of its own, over a real table. For tests, and small runs."""
-    async with prepared(settings) as (run, step):
+async def run_in_process(settings: Settings, on_step: Callable[[StepFacts], None] = lambda facts: None, fleet: Fleet | None = None) -> Trainer:
+    """All workers as tasks of this event loop, each a stream of its own, over a real table. For tests, and small runs.
+
+    Args:
+        fleet: The mesh of a run whose backend is one, in place of what the settings name.
+    """
+    async with prepared(settings, fleet) as (run, step):
         trainer, _ = await _until_trained(run, step, on_step)
         return trainer
 

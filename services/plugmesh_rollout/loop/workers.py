@@ -21,7 +21,7 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,7 +37,7 @@ from plugmesh.host import PluginHost
 from plugmesh.records import LoopPlan, LoopShape, Loss, Reward
 from plugmesh_rollout.loop import tasks
 from plugmesh_rollout.loop.backends import Backend, EngineBackend, MeshBackend
-from plugmesh_rollout.loop.fleet import Addresses, Fleet, ObservedMesh, connect
+from plugmesh_rollout.loop.fleet import Fleet, connect
 from plugmesh_rollout.loop.folder import Figures, RunFolder
 from plugmesh_rollout.loop.losses import CoreLosses, group_advantages
 from plugmesh_rollout.loop.policy import Policy, Sample, seed_of
@@ -69,6 +69,18 @@ class Run:
     client: RolloutClient
     topic: str
     stop: asyncio.Event = field(default_factory=asyncio.Event)
+    fleet: Fleet | None = None  # in place of what the settings name
+
+    @contextlib.asynccontextmanager
+    async def reach(self) -> AsyncIterator[Fleet]:
+        """The mesh of a run whose backend is one."""
+        if self.fleet is not None:
+            yield self.fleet
+            return
+        async with contextlib.AsyncExitStack() as stack:
+            fleet = await connect(self.settings.rollout)
+            stack.push_async_callback(fleet.close)
+            yield fleet
 
     def record(self, kind: str, name: str) -> Any:
         """Raises ConfigError naming those that there are."""
@@ -135,10 +147,9 @@ async def rollout(run: Run, number: int = 0, backend: Backend | None = None) -> 
     """Keeps `groups_at_once` groups in the backend; each begins with the weights that are newest when it is handed out, or with those the plan pins."""
     s, figures = run.settings, run.figures(f"rollout-{number}")
     own = backend is None
-    fleet: Addresses | ObservedMesh | None = None
+    stack = contextlib.AsyncExitStack()
     if backend is None and s.rollout.backend == "mesh":
-        fleet = await connect(s.rollout)
-        backend = MeshBackend(Decoders(fleet, published_of(run.folder), s.rollout.swap))
+        backend = MeshBackend(Decoders(await stack.enter_async_context(run.reach()), published_of(run.folder), s.rollout.swap))
     elif backend is None:
         config, _ = await asyncio.to_thread(run.folder.load_weights, 0)
         backend = EngineBackend(policy_of(s, config), figures)
@@ -164,8 +175,7 @@ async def rollout(run: Run, number: int = 0, backend: Backend | None = None) -> 
         figures.close()
         if own:
             await backend.close()
-        if fleet is not None:
-            await fleet.close()
+        await stack.aclose()
 
 
 class _Rollout:
@@ -314,12 +324,8 @@ async def _stream(
 # -- training -----------------------------------------------------------------------------------------------------------
 
 
-async def train(run: Run, number: int = 0, on_step: Callable[[StepFacts], None] = lambda facts: None, fleet: Fleet | None = None) -> Trainer:
-    """Steps until the run's end; new weights after each. Goes on from the checkpoint where there is one.
-
-    Args:
-        fleet: Where weights are published, where the run's backend is a mesh; by default the one that its settings name.
-    """
+async def train(run: Run, number: int = 0, on_step: Callable[[StepFacts], None] = lambda facts: None) -> Trainer:
+    """Steps until the run's end; new weights after each. Goes on from the checkpoint where there is one."""
     s, folder, plan, figures = run.settings, run.folder, run.plan, run.figures("trainer-0")
     trainer, facts_before = await asyncio.to_thread(_trainer, run)
     if facts_before.get("topic") == run.topic:  # of a trainer that ended before it could tell the table
@@ -329,13 +335,12 @@ async def train(run: Run, number: int = 0, on_step: Callable[[StepFacts], None] 
     policy: Policy | None = None
     started = time.monotonic()
     num_evicted = 0
-    own_fleet: Addresses | ObservedMesh | None = None
     publisher: Publisher | None = None
+    stack = contextlib.AsyncExitStack()
     try:
         if s.rollout.backend == "mesh":
-            if fleet is None:
-                fleet = own_fleet = await connect(s.rollout)
-            publisher = Publisher(fleet, folder, s, run.figures("publisher-0"))
+            publisher = Publisher(await stack.enter_async_context(run.reach()), folder, s, run.figures("publisher-0"))
+            stack.push_async_callback(publisher.close)
             publisher.start(trainer.step_number)
         if trainer.step_number == 0 and s.run.eval_every:
             policy = policy_of(s, trainer.model.config)
@@ -381,10 +386,7 @@ async def train(run: Run, number: int = 0, on_step: Callable[[StepFacts], None] 
         if publisher is not None and not await publisher.finish():
             log.warning("rl.not_published", version=trainer.step_number)
     finally:
-        if publisher is not None:
-            await publisher.close()
-        if own_fleet is not None:
-            await own_fleet.close()
+        await stack.aclose()
         figures.close()
         if policy is not None:
             policy.close()

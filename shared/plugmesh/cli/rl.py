@@ -33,3 +33,23 @@ def rl_run(
     if staleness is not None:
         given["workflow__options__staleness"] = staleness
     raise typer.Exit(show.run(config, changes=given, plain=plain, as_json=json))
+
+
+@rl_app.command("export")
+def rl_export(
+    config: Annotated[pathlib.Path, typer.Argument(help="The run's file.")],
+    target: Annotated[pathlib.Path, typer.Argument(help="A folder that is not there yet, or empty.")],
+    version: Annotated[int | None, typer.Option(min=0, help="Whose weights; by default the newest that the run keeps.")] = None,
+    folder: Annotated[pathlib.Path | None, typer.Option(help="The run's folder, in place of the file's.")] = None,
+) -> None:
+    """Write the run's model as a Hugging Face folder, for `plugmesh up --model` among others. Before the run: what it would begin with."""
+    from plugmesh.errors import ConfigError
+
+    try:
+        settings = importlib.import_module("plugmesh_rollout.loop.settings")
+        export = importlib.import_module("plugmesh_rollout.loop.export")
+    except ImportError as e:
+        raise ConfigError(f"`plugmesh rl` needs {e.name}: pip install 'plugmesh[rl]'") from e
+    run = settings.Settings.read(config, **({"run__folder": str(folder.absolute())} if folder else {}))
+    written = export.export_run(run, target, version)
+    typer.echo(f"version {written} is in {target}")
