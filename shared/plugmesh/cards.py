@@ -42,6 +42,9 @@ class Trial(StrictModel):
     settings: Mapping[str, Any] = {}                # [plugins.<slug>]
     # Keys of the side without it, which then loads the plugin, too: for a plugin that brings the plain form it is compared with, as a lossless format does.
     instead: Mapping[str, Mapping[str, Any]] = {}
+    # For `--pairs`, where prompts are short and requests plain: settings, and keys of a request, with which they make use of the plugin.
+    short: Mapping[str, Any] = {}
+    request: Mapping[str, Any] = {}
 
 
 class Card(StrictModel):

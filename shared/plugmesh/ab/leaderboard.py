@@ -93,7 +93,8 @@ def matrix(pairs: Mapping[str, Any]) -> str:
     lines = [
         "## Which plugins go together", "",
         f"Made by `plugmesh ab --pairs --write` on {pairs['finished'][:10]}: both are loaded and generate. *same output*: the tokens are those of a run without plugins, which",
-        "is required where both are exact; *runs*: it generates, and output may differ because one is approximate; *conflict*: the cards forbid it.", "",
+        "is required where both are exact; *runs*: it generates, and output may differ because one is approximate; *conflict*: the cards forbid it. What decode loads",
+        "alone is tried two by two in an engine; the others in whole meshes, as many at once as go together and keep the same promise about output.", "",
         "| | " + " | ".join(slugs) + " |", "|" + "---|" * (len(slugs) + 1),
     ]  # fmt: skip
     for a in slugs:

@@ -11,7 +11,7 @@ from typing import Any
 from plugmesh import cards
 from plugmesh.bench.systems import Setting
 from plugmesh.cards import Card
-from plugmesh.config import SERVICE_NAMES, MeshConfig
+from plugmesh.config import ALL_SERVICES, OPTIONAL_SERVICES, MeshConfig
 from plugmesh.errors import InvalidRequest
 from plugmesh.host import PluginHost
 from plugmesh.quality.core import CoreQualityMetrics
@@ -61,8 +61,10 @@ class Subject:
                 continue
             _merge(services, card.ab.services if loaded else card.ab.instead)
             for name in card.services:
-                if name in SERVICE_NAMES:
+                if name in ALL_SERVICES:
                     services.setdefault(name, {}).setdefault("plugins", []).append(card.slug)
+                if name in OPTIONAL_SERVICES:
+                    services[name].setdefault("replicas", 1)
             settings = {**copy.deepcopy(dict(card.ab.settings)), **self.settings.get(card.slug, {})}
             if settings:
                 plugins[card.slug] = settings
