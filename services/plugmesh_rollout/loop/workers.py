@@ -1,8 +1,8 @@
 """The loop as streams: each worker takes rows that have what it needs, and gives them what it makes. None of them knows another.
 
     feed -> rollout -> reward -> advantage -> train
-               ^                                |
-               +--------- new weights ----------+
+               ^   \\-> (reference) ------------/ |
+               +---------- new weights ---------+
 
 How far generation may run ahead is the plan's (`plugmesh.records.LoopPlan`): admission bounds what is in flight, the table's window bounds what is selected, the
 trainer refuses what exceeds the bound all the same.
@@ -35,16 +35,16 @@ from plugmesh.config import MeshConfig
 from plugmesh.errors import ConfigError, InternalError, NotFound, Overloaded, PlugmeshError, StaleIncarnation
 from plugmesh.host import PluginHost
 from plugmesh.records import LoopPlan, LoopShape, Loss, Reward
-from plugmesh_rollout.loop import tasks
 from plugmesh_rollout.loop.backends import Backend, EngineBackend, MeshBackend
 from plugmesh_rollout.loop.fleet import Fleet, connect
 from plugmesh_rollout.loop.folder import Figures, RunFolder
 from plugmesh_rollout.loop.losses import CoreLosses, group_advantages
 from plugmesh_rollout.loop.policy import Policy, Sample, seed_of
 from plugmesh_rollout.loop.publish import Decoders, Publisher, published_of
+from plugmesh_rollout.loop.reference import Reference, is_wanted
 from plugmesh_rollout.loop.rewards import CoreRewards
 from plugmesh_rollout.loop.settings import Settings, checked
-from plugmesh_rollout.loop.synchronous import examples_of, measured, policy_of
+from plugmesh_rollout.loop.synchronous import examples_of, measured, policy_of, text_of
 from plugmesh_rollout.loop.trainer import StepFacts, Trainer, TrainRow
 from plugmesh_rollout.loop.workflows import CoreWorkflows
 
@@ -54,7 +54,9 @@ FIELDS = {
     "prompt_ids": "int32", "prompt": "str", "answer": "str", "response_ids": "int32", "logprobs": "float32", "versions": "int32", "reward": "float",
     "advantage": "float",
 }  # fmt: skip
+REFERENCE = {"reference": "float32"}  # where the loss asks for it; the task that makes it has the same name
 TASKS = ("rollout", "reward", "advantage", "train")
+_SINGULAR = {"losses": "loss"}
 _WAIT_S = 1.0  # of a worker for rows, before it looks whether it is to stop
 
 
@@ -86,8 +88,16 @@ class Run:
         """Raises ConfigError naming those that there are."""
         records = {r.name: r for r in self.host.records(kind)}
         if name not in records:
-            raise ConfigError(f"no {kind[:-1]} {name!r}; known: {', '.join(records)}")
+            raise ConfigError(f"no {_SINGULAR.get(kind, kind.removesuffix('s'))} {name!r}; known: {', '.join(records)}")
         return records[name]
+
+    def loss(self) -> Loss:
+        loss: Loss = self.record("losses", self.settings.loss.name).build(self.settings.loss.options)
+        return loss
+
+    @property
+    def needs_reference(self) -> bool:
+        return is_wanted(self.loss())
 
     def figures(self, worker: str) -> Figures:
         return Figures(self.folder.figures / f"{worker}.jsonl")
@@ -115,10 +125,15 @@ def plan_of(settings: Settings, host: PluginHost) -> LoopPlan:
     return plan
 
 
-async def create_topic(client: RolloutClient, name: str, settings: Settings, plan: LoopPlan) -> None:
-    """Raises InvalidRequest when the capacity is below what the plan needs."""
+async def create_topic(client: RolloutClient, name: str, settings: Settings, plan: LoopPlan, *, with_reference: bool = False) -> None:
+    """Raises InvalidRequest when the capacity is below what the plan needs.
+
+    Args:
+        with_reference: Rows also get what the reference model finds of them.
+    """
+    more = REFERENCE if with_reference else {}
     await client.create_topic(
-        name, FIELDS, TASKS, group_size=settings.rollout.group_size, capacity_rows=plan.capacity_rows, staleness=plan.staleness,
+        name, {**FIELDS, **more}, (*TASKS, *more), group_size=settings.rollout.group_size, capacity_rows=plan.capacity_rows, staleness=plan.staleness,
         batch_rows=settings.batch_rows if plan.is_gated else 0, admission_task="train" if plan.is_gated else "",
     )  # fmt: skip
 
@@ -133,7 +148,7 @@ async def feed(run: Run, first_group: int) -> None:
     end = settings.run.steps * settings.rollout.groups_per_step
     while (group < end or run.plan.evicts) and not run.stop.is_set():
         e = examples.train(group)
-        row: dict[str, Value] = {"prompt_ids": np.array(e.prompt_ids(), np.int32), "prompt": e.prompt, "answer": e.answer}
+        row: dict[str, Value] = {"prompt_ids": np.array(examples.prompt_ids(e), np.int32), "prompt": e.prompt, "answer": e.answer}
         rows = [Row(f"{group:08d}/{i}", row, group=f"{group:08d}") for i in range(size)]
         with contextlib.suppress(Overloaded):
             await run.client.put(run.topic, rows, keep_existing=True, wait_s=_WAIT_S)
@@ -171,7 +186,7 @@ async def rollout(run: Run, number: int = 0, backend: Backend | None = None) -> 
         for task in live:
             task.cancel()
         await asyncio.gather(*live, return_exceptions=True)
-        figures.add(tokens=worker.num_tokens, lost=worker.num_lost)
+        figures.add(tokens=worker.num_tokens, lost=worker.num_lost, **({"moved": backend.num_moved} if isinstance(backend, MeshBackend) else {}))
         figures.close()
         if own:
             await backend.close()
@@ -267,10 +282,11 @@ def group_number(row: Row) -> int:
 async def score(run: Run, number: int = 0) -> None:
     """Rewards responses, whichever are there."""
     reward: Reward = run.record("rewards", run.settings.reward.name).build(run.settings.reward.options)
+    text = text_of(run.settings)
 
     def work(batch: Batch) -> dict[str, list[Any]]:
         rows = zip(batch.column("prompt"), batch.column("answer"), batch.column("response_ids"), strict=True)
-        return {"reward": [float(reward.score(p, a, tasks.decode(ids))) for p, a, ids in rows]}
+        return {"reward": [float(reward.score(p, a, text.decode(ids))) for p, a, ids in rows]}
 
     await _stream(run, f"reward-{number}", "reward", ["prompt", "answer", "response_ids"], 64, work, min_rows=1)
 
@@ -293,6 +309,21 @@ async def advantage(run: Run, number: int = 0) -> None:
         return {"advantage": [found[i] for i in batch.indexes]}
 
     await _stream(run, f"advantage-{number}", "advantage", ["reward"], 8 * size, work, min_rows=size, sampler="grpo_groups")
+
+
+async def reference(run: Run, number: int = 0) -> None:
+    """Asks the run's version 0 about responses, a group at a time."""
+    config, tensors = await asyncio.to_thread(run.folder.load_weights, 0)
+    model = Reference(config, tensors, share_prompts=run.settings.trainer.share_prompts)
+    size = run.settings.rollout.group_size
+
+    def work(batch: Batch) -> dict[str, list[Any]]:
+        rows = sorted(batch.rows, key=lambda r: r.index)
+        found = model.logprobs(rows[0].fields["prompt_ids"], [r.fields["response_ids"] for r in rows])  # type: ignore[arg-type, misc]
+        by_index = dict(zip((r.index for r in rows), found, strict=True))
+        return {"reference": [by_index[i] for i in batch.indexes]}
+
+    await _stream(run, f"reference-{number}", "reference", ["prompt_ids", "response_ids"], size, work, min_rows=size, sampler="grpo_groups")
 
 
 async def _stream(
@@ -335,6 +366,7 @@ async def train(run: Run, number: int = 0, on_step: Callable[[StepFacts], None] 
     policy: Policy | None = None
     started = time.monotonic()
     num_evicted = 0
+    fields = ["prompt_ids", "response_ids", "logprobs", "versions", "reward", "advantage", *(REFERENCE if run.needs_reference else ())]
     publisher: Publisher | None = None
     stack = contextlib.AsyncExitStack()
     try:
@@ -347,7 +379,7 @@ async def train(run: Run, number: int = 0, on_step: Callable[[StepFacts], None] 
             figures.add(before=await asyncio.to_thread(_measure, policy, trainer, s, reward))
         while trainer.step_number < s.run.steps and not run.stop.is_set():
             batch = await run.client.get(
-                run.topic, "train", ["prompt_ids", "response_ids", "logprobs", "versions", "reward", "advantage"], s.batch_rows,
+                run.topic, "train", fields, s.batch_rows,
                 sampler=plan.train_sampler, sampler_options=plan.train_options, batch_index=trainer.step_number, lease_s=s.rollout.lease_s, wait_s=_WAIT_S,
             )  # fmt: skip
             if not batch:
@@ -396,8 +428,7 @@ async def train(run: Run, number: int = 0, on_step: Callable[[StepFacts], None] 
 def _trainer(run: Run) -> tuple[Trainer, dict[str, str]]:
     """And what its checkpoint says, where there is one."""
     config, tensors = run.folder.load_weights(0)
-    loss: Loss = run.record("losses", run.settings.loss.name).build(run.settings.loss.options)
-    trainer = Trainer(config, tensors, run.settings.trainer, loss)
+    trainer = Trainer(config, tensors, run.settings.trainer, run.loss())
     return trainer, trainer.load(run.folder.checkpoint) if run.folder.checkpoint.exists() else {}
 
 
@@ -408,7 +439,8 @@ def _step(trainer: Trainer, batch: Batch, staleness: int) -> StepFacts:
         group, i = row.id.split("/")
         rows.append(
             TrainRow(
-                int(group) * 1024 + int(i), f["prompt_ids"], f["response_ids"], f["logprobs"], f["versions"], float(np.float32(f["advantage"])), f["reward"]
+                int(group) * 1024 + int(i), f["prompt_ids"], f["response_ids"], f["logprobs"], f["versions"], float(np.float32(f["advantage"])), f["reward"],
+                f.get("reference"),
             )
         )
         if len(f["versions"]) and not 0 <= trainer.step_number - int(f["versions"].min()) <= staleness:
@@ -423,7 +455,7 @@ def _measure(policy: Policy, trainer: Trainer, settings: Settings, reward: Rewar
 
 # -- as processes -------------------------------------------------------------------------------------------------------
 
-ROLES: dict[str, Callable[[Run, int], Awaitable[Any]]] = {"rollout": rollout, "reward": score, "advantage": advantage, "train": train}
+ROLES: dict[str, Callable[[Run, int], Awaitable[Any]]] = {"rollout": rollout, "reward": score, "advantage": advantage, "reference": reference, "train": train}
 
 
 async def _main(arguments: Sequence[str] | None = None) -> None:
@@ -435,10 +467,10 @@ async def _main(arguments: Sequence[str] | None = None) -> None:
     logs.configure("warning", service="rollout", instance="+".join(given.workers))
     import torch
 
-    torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     folder = RunFolder(given.folder)
     settings = checked(json.loads(folder.settings.read_text()))
+    torch.set_num_threads(settings.trainer.threads if "train" in [w.partition(":")[0] for w in given.workers] else 1)
     host = host_of(settings)
     async with RolloutClient(given.address, retry_s=60.0) as client:
         run = Run(settings, plan_of(settings, host), host, folder, client, json.loads(folder.topic.read_text())["topic"])
