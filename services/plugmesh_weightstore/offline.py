@@ -54,6 +54,7 @@ def manifest(path: Path, format: str, store: Path, formats: Sequence[WeightForma
                  "num_bytes": t.blob.num_bytes, "sha256": t.blob.sha256}
                 for t in tensors
             ],
+            "assets": [{"name": name, "path": str(blobs.path(blob.sha256)), "num_bytes": blob.num_bytes} for name, blob in model.assets],
         }  # fmt: skip
     finally:
         catalogue.close()

@@ -21,7 +21,7 @@ class Grpo:
 
     Args:
         options: "clip_low" and "clip_high" (0.2) bound the ratio to the behaviour from 1 - low to 1 + high; "kl" (0) weighs the distance from the reference
-            model, where rows have `reference` log-probabilities; "normalise" is "token" (every token of a batch counts alike; Yu et al., DAPO,
+            model, the run's version 0, which above 0 is asked about every response; "normalise" is "token" (every token of a batch counts alike; Yu et al., DAPO,
             arXiv:2503.14476) or "row" (every row does).
 
     Source: Shao et al., DeepSeekMath, arXiv:2402.03300.
@@ -35,16 +35,22 @@ class Grpo:
         self._high = 1.0 + float(options.get("clip_high", 0.2))
         self._kl = float(options.get("kl", 0.0))
         self._normalise = _normalise(options)
+        if self._kl < 0:
+            raise InvalidRequest(f"kl is not negative, as {self._kl} is", param="loss")
+        self.needs_reference = self._kl > 0
 
     def __call__(self, logprobs: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         mask, advantages = batch["mask"], batch["advantage"][:, None]
         ratio = torch.exp(logprobs - batch["behaviour"])
         terms = -torch.minimum(ratio * advantages, ratio.clamp(self._low, self._high) * advantages)
+        clipped = ((ratio < self._low) & (advantages < 0)) | ((ratio > self._high) & (advantages > 0))
+        facts = _facts(mask, ratio, clipped, logprobs - batch["behaviour"])
         if self._kl:
             away = batch["reference"] - logprobs
-            terms = terms + self._kl * (torch.exp(away) - away - 1)  # Schulman's estimator: never negative
-        clipped = ((ratio < self._low) & (advantages < 0)) | ((ratio > self._high) & (advantages > 0))
-        return _total(terms, mask, batch, self._normalise), _facts(mask, ratio, clipped)
+            distance = torch.exp(away) - away - 1  # Schulman's estimator: never negative
+            terms = terms + self._kl * distance
+            facts["kl"] = _sum(distance.detach(), mask)
+        return _total(terms, mask, batch, self._normalise), facts
 
 
 class DecoupledPpo:
@@ -74,7 +80,7 @@ class DecoupledPpo:
         surrogate = torch.minimum(ratio * advantages, ratio.clamp(self._low, self._high) * advantages)
         terms = torch.where(kept, -weight * surrogate, torch.zeros_like(surrogate))
         clipped = ((ratio < self._low) & (advantages < 0)) | ((ratio > self._high) & (advantages > 0))
-        return _total(terms, mask, batch, self._normalise), {**_facts(mask, weight, clipped), "num_capped": (mask & ~kept).sum()}
+        return _total(terms, mask, batch, self._normalise), {**_facts(mask, weight, clipped, logprobs - batch["behaviour"]), "num_capped": (mask & ~kept).sum()}
 
 
 def _total(terms: torch.Tensor, mask: torch.Tensor, batch: Mapping[str, torch.Tensor], normalise: str) -> torch.Tensor:
@@ -85,9 +91,13 @@ def _total(terms: torch.Tensor, mask: torch.Tensor, batch: Mapping[str, torch.Te
     return (terms.sum(1) / mask.sum(1).clamp(min=1)).sum() / batch["num_rows"]
 
 
-def _facts(mask: torch.Tensor, ratio: torch.Tensor, clipped: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Sums over tokens."""
-    return {"ratio": torch.where(mask, ratio.detach(), torch.zeros_like(ratio)).sum(), "num_clipped": (clipped & mask).sum()}
+def _facts(mask: torch.Tensor, ratio: torch.Tensor, clipped: torch.Tensor, moved: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Sums over tokens; `moved` is how much likelier the trainer finds a token than the behaviour did, in nats."""
+    return {"ratio": _sum(ratio.detach(), mask), "num_clipped": (clipped & mask).sum(), "moved": _sum(moved.detach().abs(), mask)}
+
+
+def _sum(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return torch.where(mask, values, torch.zeros_like(values)).sum()
 
 
 def _normalise(options: Mapping[str, Any]) -> str:

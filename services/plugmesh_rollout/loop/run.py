@@ -28,7 +28,18 @@ from plugmesh_rollout.loop.publish import check_mesh, published_of
 from plugmesh_rollout.loop.settings import Settings
 from plugmesh_rollout.loop.synchronous import first_weights
 from plugmesh_rollout.loop.trainer import StepFacts, Trainer
-from plugmesh_rollout.loop.workers import Run, advantage, create_topic, feed, host_of, plan_of, rollout, score, train
+from plugmesh_rollout.loop.workers import (
+    Run,
+    advantage,
+    create_topic,
+    feed,
+    host_of,
+    plan_of,
+    reference,
+    rollout,
+    score,
+    train,
+)
 
 log = structlog.get_logger()
 
@@ -76,12 +87,13 @@ async def prepared(settings: Settings, fleet: Fleet | None = None) -> AsyncItera
             address = table.address
         client = await stack.enter_async_context(RolloutClient(address, retry_s=60.0))
         name = await _topic(client, folder, settings, step, facts)
-        await create_topic(client, name, settings, plan)
+        run = Run(settings, plan, host, folder, client, name, fleet=fleet)
+        await create_topic(client, name, settings, plan, with_reference=run.needs_reference)
         folder.topic.write_text(json.dumps({"topic": name, "address": address}))
         if step and facts.get("topic") == name:
             await client.clear(name, json.loads(facts["indexes"]))  # trained already; the acknowledgement may have been lost
         await client.publish_version(name, step)
-        yield Run(settings, plan, host, folder, client, name, fleet=fleet), step
+        yield run, step
 
 
 def _essential(settings: dict[str, Any]) -> dict[str, Any]:
@@ -136,6 +148,7 @@ async def _until_trained(run: Run, step: int, on_step: Callable[[StepFacts], Non
         *(asyncio.create_task(rollout(run, i)) for i in range(run.settings.rollout.workers)),
         asyncio.create_task(score(run)),
         asyncio.create_task(advantage(run)),
+        *([asyncio.create_task(reference(run))] if run.needs_reference else []),
     ]
     trainer = asyncio.create_task(train(run, 0, on_step))
     try:
@@ -170,6 +183,7 @@ async def run_processes(settings: Settings, progress: Progress, *, stop: asyncio
         address = json.loads(run.folder.topic.read_text())["address"]
         stop = stop or asyncio.Event()
         teams = [[f"rollout:{i}"] for i in range(settings.rollout.workers)] + [["reward:0", "advantage:0"]]
+        teams += [["reference:0"]] if run.needs_reference else []
         feeder = asyncio.create_task(feed(run, step * settings.rollout.groups_per_step))
         supervised = [asyncio.create_task(_supervise(run, address, team, progress)) for team in teams]
         trainer = asyncio.create_task(_supervise(run, address, ["train:0"], progress, until_done=True))

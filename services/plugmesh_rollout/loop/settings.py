@@ -30,9 +30,11 @@ class RunPart(StrictModel):
 
 
 class ModelPart(StrictModel):
-    """`[model]`: a Llama from scratch, or one that an earlier run wrote."""
+    """`[model]`: a Llama from scratch, one that an earlier run wrote, or a base model of this machine with its own tokenizer and chat template."""
 
-    weights: pathlib.Path | None = None                     # a file that `save_weights` wrote; the rest is then ignored
+    weights: pathlib.Path | None = None                     # a file that `save_weights` wrote; sizes are then ignored
+    base: str = ""                                          # as for `plugmesh pull`: "smollm2", a path, hf:owner/repo; sizes but max_position are then ignored
+    system: str = ""                                        # system message of the base model's chats; "": whatever its template puts there
     hidden_size: int = pydantic.Field(128, ge=8)
     intermediate_size: int = pydantic.Field(384, ge=8)
     num_layers: int = pydantic.Field(5, ge=1)
@@ -106,6 +108,8 @@ class TrainerPart(StrictModel):
     beta2: float = pydantic.Field(0.95, ge=0, lt=1)
     max_norm: float = pydantic.Field(1.0, gt=0)
     part_rows: int = pydantic.Field(64, ge=1)               # rows of one forward and backward pass; gradients add up over parts
+    share_prompts: bool = False                             # compute the prompt of a group once; pays where it is longer than the responses
+    threads: int = pydantic.Field(1, ge=1, le=64)           # of the trainer's process; other numbers give other last bits
     epochs: int = pydantic.Field(1, ge=1)                   # passes over a batch
     scale_advantages: bool = True
     pause_s: float = pydantic.Field(0.0, ge=0)              # waits so long in each step (tests of staleness)

@@ -1,4 +1,4 @@
-"""What is learned: generated tasks with verifiers over one small vocabulary of characters.
+"""What is learned: generated tasks with verifiers, over one small vocabulary of characters or put to a base model in words.
 
 | task | prompt | answer |
 |---|---|---|
@@ -6,7 +6,9 @@
 | copy | c:bdaf= | bdaf |
 | reverse | r:bdaf= | fadb |
 | sort | s:5172= | 1257 |
-| reasoning_gym | a question of the package's data set `dataset`, as far as its characters are in the vocabulary | its answer |
+| ask_add | What is 3 + 5? Answer with the number only. | 8 |
+| ask_largest | Which number is the largest: 12, 71, 35? Answer with the number only. | 71 |
+| reasoning_gym | a question of the package's data set `dataset` and `suffix`, as far as the model's text can say it | its answer |
 
 A prompt belongs to the held-out tenth or to training by its checksum, so the two never share one, whatever the seed.
 """
@@ -21,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from plugmesh.errors import InvalidRequest
+from plugmesh_rollout.loop.text import Text
 
 PAD, BOS, EOS = 0, 1, 2
 _CHARACTERS = "0123456789+-*=:,;.?!() \n'\"/abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -46,18 +49,25 @@ def decode(token_ids: Sequence[int] | np.ndarray) -> str:
     return "".join(text)
 
 
+class Characters:
+    """The way with text of models from scratch: a token is a character."""
+
+    def prompt_ids(self, prompt: str) -> list[int]:
+        return [BOS, *encode(prompt)]
+
+    def answer_ids(self, answer: str) -> list[int]:
+        return [*encode(answer), EOS]
+
+    def decode(self, token_ids: Sequence[int] | np.ndarray) -> str:
+        return decode(token_ids)
+
+
 @dataclass(frozen=True, slots=True)
 class Example:
     """A prompt and the answer that its verifier knows."""
 
     prompt: str
     answer: str
-
-    def prompt_ids(self) -> list[int]:
-        return [BOS, *encode(self.prompt)]
-
-    def answer_ids(self) -> list[int]:
-        return [*encode(self.answer), EOS]
 
 
 Make = Callable[[np.random.Generator, int], Example]
@@ -99,14 +109,34 @@ def _reasoning_gym(options: Mapping[str, Any]) -> Make:
     except ImportError as e:
         raise InvalidRequest("the task reasoning_gym needs the package of that name", param="task") from e
     options = dict(options)
-    name = str(options.pop("dataset", "basic_arithmetic"))
+    name, suffix = str(options.pop("dataset", "basic_arithmetic")), str(options.pop("suffix", "="))
     data = reasoning_gym.create_dataset(name, size=1 << 30, seed=0, **options)
 
     def make(rng: np.random.Generator, _: int) -> Example:
-        while True:
-            entry = data[int(rng.integers(0, 1 << 30))]
-            if set(entry["question"]) | set(entry["answer"]) <= set(_CHARACTERS):
-                return Example(entry["question"] + "=", entry["answer"])
+        entry = data[int(rng.integers(0, 1 << 30))]
+        return Example(entry["question"] + suffix, entry["answer"])
+
+    return make
+
+
+def _ask_add(options: Mapping[str, Any]) -> Make:
+    low, high, terms = int(options.get("low", 1)), int(options.get("high", 20)), int(options.get("terms", 2))
+    question = str(options.get("question", "What is {}? Answer with the number only."))
+
+    def make(rng: np.random.Generator, _: int) -> Example:
+        numbers = [int(x) for x in rng.integers(low, high + 1, terms)]
+        return Example(question.replace("{}", " + ".join(map(str, numbers))), str(sum(numbers)))
+
+    return make
+
+
+def _ask_pick(options: Mapping[str, Any]) -> Make:
+    low, high, count = int(options.get("low", 1)), int(options.get("high", 99)), int(options.get("count", 3))
+    question = str(options.get("question", "Which number is the largest: {}? Answer with the number only."))
+
+    def make(rng: np.random.Generator, _: int) -> Example:
+        numbers = [int(x) for x in rng.choice(np.arange(low, high + 1), count, replace=False)]
+        return Example(question.replace("{}", ", ".join(map(str, numbers))), str(max(numbers)))
 
     return make
 
@@ -116,6 +146,8 @@ TASKS: dict[str, Callable[[Mapping[str, Any]], Make]] = {
     "copy": _of_text("c", "abcdef", lambda s: s),
     "reverse": _of_text("r", "abcdef", lambda s: s[::-1]),
     "sort": _of_text("s", "0123456789", lambda s: "".join(sorted(s))),
+    "ask_add": _ask_add,
+    "ask_largest": _ask_pick,
     "reasoning_gym": _reasoning_gym,
 }
 
@@ -123,15 +155,22 @@ TASKS: dict[str, Callable[[Mapping[str, Any]], Make]] = {
 class Examples:
     """The examples of a task by number: the same seed and number always give the same one.
 
+    Args:
+        text: The model's way with text; what it cannot say is not asked.
+
     Raises:
         InvalidRequest: No such task.
     """
 
-    def __init__(self, task: str, options: Mapping[str, Any], seed: int) -> None:
+    def __init__(self, task: str, options: Mapping[str, Any], seed: int, text: Text | None = None) -> None:
         if task not in TASKS:
             raise InvalidRequest(f"no task {task!r}; known: {', '.join(TASKS)}", param="task")
         self._make = TASKS[task](options)
         self._seed = seed
+        self.text = text or Characters()
+
+    def prompt_ids(self, example: Example) -> list[int]:
+        return self.text.prompt_ids(example.prompt)
 
     def train(self, number: int) -> Example:
         return self._draw(number, held_out=False)
@@ -143,9 +182,15 @@ class Examples:
         rng = np.random.default_rng([self._seed, number, held_out])
         for _ in range(10_000):
             example = self._make(rng, number)
-            if is_held_out(example.prompt) == held_out:
+            if is_held_out(example.prompt) == held_out and self._fits(example):
                 return example
         raise InvalidRequest("the task has too few prompts to hold some out", param="task")
+
+    def _fits(self, example: Example) -> bool:
+        try:
+            return bool(self.text.prompt_ids(example.prompt)) and bool(self.text.answer_ids(example.answer))
+        except InvalidRequest:
+            return False
 
 
 def is_held_out(prompt: str) -> bool:

@@ -70,9 +70,8 @@ class Trainer:
             InternalError: The loss or its gradient is not finite; the weights are then as before the optimizer's step.
         """
         s = self._settings
-        rows = sorted(rows, key=lambda r: (len(r.prompt_ids) + len(r.response_ids), r.number))
         num_tokens = sum(len(r.response_ids) for r in rows)
-        parts = [rows[begin:end] for begin, end in cut([len(r.prompt_ids) + len(r.response_ids) for r in rows], s.part_rows)]
+        parts = self._parts(rows)
         proximal = [self._proximal(part) for part in parts] if self._loss.needs_proximal else [None] * len(parts)
         facts: dict[str, float] = {}
         loss_sum = norm = 0.0
@@ -82,7 +81,7 @@ class Trainer:
             self._optimizer.zero_grad(set_to_none=True)
             loss_sum, facts = 0.0, {}
             for part, old in zip(parts, proximal, strict=True):
-                logprobs, mask = token_logprobs(self.model, [(r.prompt_ids, r.response_ids) for r in part])
+                logprobs, mask = self._logprobs(part)
                 loss, told = self._loss(logprobs, _batch(part, mask, old, max(1, num_tokens), len(rows)))
                 loss.backward()
                 loss_sum += float(loss.detach())
@@ -103,9 +102,20 @@ class Trainer:
             {name: value / max(1, num_tokens) for name, value in facts.items()},
         )
 
+    def _parts(self, rows: Sequence[TrainRow]) -> list[list[TrainRow]]:
+        size = self._settings.part_rows
+        if self._settings.share_prompts:  # a group's rows stay together
+            rows = sorted(rows, key=lambda r: r.number)
+            return [list(rows[i : i + size]) for i in range(0, len(rows), size)]
+        rows = sorted(rows, key=lambda r: (len(r.prompt_ids) + len(r.response_ids), r.number))
+        return [list(rows[begin:end]) for begin, end in cut([len(r.prompt_ids) + len(r.response_ids) for r in rows], size)]
+
     def _proximal(self, rows: Sequence[TrainRow]) -> torch.Tensor:
         with torch.no_grad():
-            return token_logprobs(self.model, [(r.prompt_ids, r.response_ids) for r in rows])[0]
+            return self._logprobs(rows)[0]
+
+    def _logprobs(self, rows: Sequence[TrainRow]) -> tuple[torch.Tensor, torch.Tensor]:
+        return token_logprobs(self.model, [(r.prompt_ids, r.response_ids) for r in rows], share_prompts=self._settings.share_prompts)
 
     # -- to go on later -------------------------------------------------------------------------------------------------
 
@@ -166,7 +176,7 @@ def warm_up(config: ModelConfig, tensors: Mapping[str, np.ndarray], examples: Ex
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1.0, (step + 1) / 20)
         batch = [examples.train(-1 - (step * rows + i) & 0x7FFFFFFF) for i in range(rows)]
-        logprobs, mask = token_logprobs(model, [(e.prompt_ids(), e.answer_ids()) for e in batch])
+        logprobs, mask = token_logprobs(model, [(examples.prompt_ids(e), examples.text.answer_ids(e.answer)) for e in batch])
         optimizer.zero_grad(set_to_none=True)
         loss = -torch.where(mask, logprobs, torch.zeros_like(logprobs)).sum() / mask.sum()
         loss.backward()  # type: ignore[no-untyped-call]
