@@ -108,7 +108,7 @@ class Counters:
             scored=metrics.gauge("engine_scored_tokens", "Given tokens since the start whose log-probabilities were told"),
             filtered=metrics.gauge("engine_filtered_prompts", "Prompts since the start of which a filter chose the tokens that were read"),
             filter_errors=metrics.gauge("engine_filter_errors", "Prompts since the start that were read whole because the filter failed"),
-            masks=metrics.gauge("engine_grammar_rows", "Rows of sequences with a grammar since the start, by whether it forbade any token", ("mask",)),
+            masks=metrics.gauge("engine_grammar_rows", "Rows of sequences with a grammar since the start, by whether there was a mask and what it did", ("mask",)),
             masks_late=metrics.gauge("engine_masks_late", "Steps since the start that waited for a grammar's masks after their forward pass"),
             jumped=metrics.gauge("engine_jumped_tokens", "Tokens since the start that grammars forced, without a forward pass of their own"),
             grammar_errors=metrics.gauge("engine_grammar_errors", "Requests since the start that ended because their grammar's matcher failed"),
@@ -133,6 +133,8 @@ class Counters:
         self.filtered.set(stats.num_filtered_prompts)
         self.filter_errors.set(stats.num_filter_errors)
         self.masks.labels("filled").set(stats.num_masks_filled)
+        self.masks.labels("checked").set(stats.num_checked)
+        self.masks.labels("redrawn").set(stats.num_redrawn)
         self.masks.labels("skipped").set(stats.num_masks_skipped)
         self.masks_late.set(stats.num_masks_late)
         self.jumped.set(stats.num_jumped_tokens)

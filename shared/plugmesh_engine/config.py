@@ -35,8 +35,9 @@ class EngineConfig:
         num_threads: Threads of the executor; 0 takes all cores that the process may run on (torch: leaves the process's setting).
         max_held: Sequences that may be held after their end (`EngineRequest.hold`); Overloaded above it.
         jump_forward: Append text that a grammar leaves no choice about without a forward pass for each token.
-        overlap_masks: Compute what grammars allow beside the forward pass, not as soon as the last token is accepted. None: where the pass leaves a core to
-            that; threads that wait for one another at every layer lose more by being interrupted than the masks take.
+        overlap_masks: Compute what grammars allow beside the forward pass. Else a mask is computed only where it is needed (`sampler.draws_freely`), and as soon
+            as the token before it is accepted. Outputs are the same. None: beside it where the pass leaves a core to that; threads that wait for one another at
+            every layer lose more by being interrupted than the masks take.
         grammar_timeout_s: A grammar's matcher that takes longer for one step costs its request, so that the others go on.
         max_draft_tokens: Most tokens that a draft method may add to one sequence's step; 0 switches drafting off.
     """

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import numpy as np
 import structlog
@@ -21,6 +22,7 @@ from plugmesh.errors import FailedPrecondition, GrammarTimeout, InternalError, I
 from plugmesh.grammar.seams import CompiledGrammar, GrammarVocabulary, Matcher
 
 log = structlog.get_logger()
+T = TypeVar("T")
 
 WINDOW_TOKENS = (4, 2, 1)
 """Of how many of the last tokens the text is tokenised together with what is forced; the first that comes back unchanged counts."""
@@ -45,6 +47,7 @@ class GrammarCounters:
 
     Attributes:
         num_masks_filled, num_masks_skipped: Rows with a mask, and rows where every token was allowed.
+        num_checked, num_redrawn: Tokens that were drawn without a mask and allowed, and those that were drawn anew because they were not.
         num_masks_late: Steps whose forward pass was done before their masks; `late_ms` is how long they waited for them.
         num_forced_calls, num_forced: Times that a matcher was asked what is forced, and how often anything was.
         num_jumped_tokens: Tokens that were appended without a forward pass of their own.
@@ -54,6 +57,8 @@ class GrammarCounters:
 
     num_masks_filled: int = 0
     num_masks_skipped: int = 0
+    num_checked: int = 0
+    num_redrawn: int = 0
     num_masks_late: int = 0
     late_ms: float = 0.0
     num_forced_calls: int = 0
@@ -115,6 +120,10 @@ class Jumper:
         """A tokenizer may normalise what it reads; tokens that say something else are of no use."""
         parts = [self.bytes_of(t) for t in tokens]
         return None not in parts and b"".join(p for p in parts if p is not None) == text
+
+
+Redraw = Callable[[int, np.ndarray], int]
+"""From a row of the step and a mask (words,) uint32 to a token that the mask allows; -1 when there is none."""
 
 
 @dataclass(slots=True, eq=False)
@@ -184,7 +193,7 @@ class Grammars:
         self._fill_ahead = fill_ahead
         self._jumpers: dict[str, Jumper] = {}
         self._matching = Matching(timeout_s)
-        self._filling: Batch | None = None
+        self._filling: tuple[Batch, list[Cursor]] | None = None
 
     def close(self) -> None:
         """Ends the thread."""
@@ -213,12 +222,11 @@ class Grammars:
                 cursor.is_over = self._is_over(cursor)
             opened.append(cursor)
 
-        jobs = [Job(functools.partial(begin, tokens)) for tokens in resume]
-        self._matching.wait(self._matching.submit(jobs))
-        for job in jobs:
-            if job.error is not None:
-                self.counters.num_errors += not isinstance(job.error, InvalidRequest)
-                raise job.error
+        batch = self._matching.submit(begin, resume)
+        self._matching.wait(batch)
+        for error in batch.errors.values():
+            self.counters.num_errors += not isinstance(error, InvalidRequest)
+            raise error
         return opened
 
     # -- before and beside the forward pass ------------------------------------------------------------------------
@@ -227,8 +235,8 @@ class Grammars:
         """The head of each draft that the grammar allows, without an end token, behind which there is nothing to compute."""
         kept: list[list[int]] = [[] for _ in drafts]
 
-        def walk(cursor: Cursor, draft: Sequence[int], good: list[int]) -> None:
-            num = 0
+        def walk(one: tuple[tuple[Cursor, Sequence[int]], list[int]]) -> None:
+            ((cursor, draft), good), num = one, 0
             for token in draft:
                 if token in cursor.end_ids or not cursor.matcher.accept(token):
                     break
@@ -237,8 +245,7 @@ class Grammars:
                 cursor.matcher.rollback(num)
             good.extend(draft[:num])
 
-        jobs = [Job(functools.partial(walk, c, d, k), c) for (c, d), k in zip(drafts, kept, strict=True)]
-        self._finish(jobs)
+        self._finish(walk, list(zip(drafts, kept, strict=True)), [c for c, _ in drafts])
         self.counters.num_draft_tokens_cut += sum(len(d) - len(k) for (_, d), k in zip(drafts, kept, strict=True))
         return kept
 
@@ -247,10 +254,11 @@ class Grammars:
         self.collect()  # there is nothing, unless the last step raised
         for cursor, _ in rows:
             cursor.num_ready = min(cursor.num_ready, 1)  # those behind it were of another draft
-        jobs = [Job(functools.partial(self._fill, c, d), c) for c, d in rows if c.num_ready <= len(d)]
-        self._filling = self._matching.submit(jobs) if jobs else None
+        rows = [(c, d) for c, d in rows if c.num_ready <= len(d)]
+        self._filling = (self._matching.submit(self._fill, rows), [c for c, _ in rows]) if rows else None
 
-    def _fill(self, cursor: Cursor, draft: Sequence[int]) -> None:
+    def _fill(self, one: tuple[Cursor, Sequence[int]]) -> None:
+        cursor, draft = one
         num_rows, matcher = 1 + len(draft), cursor.matcher
         if len(cursor.masks) < num_rows:
             cursor.masks = np.concatenate([cursor.masks, np.zeros((num_rows - len(cursor.masks), cursor.num_words), np.uint32)])
@@ -276,39 +284,43 @@ class Grammars:
 
     def collect(self, *, is_awaited: bool = False) -> None:
         """Waits for what `fill` began; `Cursor.error` tells whose masks there are none of. `is_awaited`: nothing else is done meanwhile, so they are not late."""
-        batch, self._filling = self._filling, None
-        if batch is None:
+        if self._filling is None:
             return
+        (batch, cursors), self._filling = self._filling, None
         if not batch.is_done:
             began = time.perf_counter()
             self._matching.wait(batch)
             if not is_awaited:
                 self.counters.num_masks_late += 1
                 self.counters.late_ms += (time.perf_counter() - began) * 1e3
-        self._charge(batch.jobs)
+        self._charge(batch, cursors)
 
     # -- behind the sampler ----------------------------------------------------------------------------------------
 
     def advance(self, parts: Sequence[Advance]) -> None:
         """Accepts what was sampled, and what is forced behind it; fills in `Advance.told`. `Cursor.error` tells of whom there is none."""
-        self._finish([Job(functools.partial(self._advance, a), a.cursor) for a in parts])
+        self._finish(self._advance, parts, [a.cursor for a in parts])
 
     def _advance(self, a: Advance) -> None:
-        cursor, tokens, rows, row = a.cursor, list[int](), list[int](), 0
+        cursor, tokens, rows, row, num_jumped = a.cursor, list[int](), list[int](), 0, 0
         while row < len(a.sampled) and len(tokens) < a.budget:
             token = a.sampled[row]
             if token < 0:
                 break
-            self._accept(cursor, token)
+            if a.redraw is None:
+                self._accept(cursor, token)
+            else:
+                token = self._accept_or_redraw(cursor, token, row, a.redraw)
             tokens.append(token)
-            rows.append(row)
+            rows.append(row if token == a.sampled[row] else -1)
             # The rows behind count as long as the output is what the draft said.
             in_step = row < len(a.draft) and a.draft[row] == token
             row += 1
             cursor.is_over = token not in a.end_ids and self._is_over(cursor)
             if cursor.is_over or token in a.end_ids:
                 break
-            for forced in self._forced(a, (*a.last, *tokens), a.budget - len(tokens)):
+            for forced in self._forced(a, (*a.last, *tokens), a.budget - len(tokens)) if a.jumper is not None else ():
+                num_jumped += 1
                 tokens.append(forced)
                 rows.append(-1)
                 in_step = in_step and row < len(a.draft) and a.draft[row] == forced
@@ -316,8 +328,8 @@ class Grammars:
             if cursor.is_over or not in_step or tokens[-1] in a.end_ids:
                 break
         a.told = Told(tuple(tokens), tuple(rows), cursor.is_over)
-        self.counters.num_jumped_tokens += rows.count(-1)
-        if self._fill_ahead and not cursor.is_over and not cursor.num_ready and 0 < len(tokens) < a.budget and tokens[-1] not in a.end_ids:
+        self.counters.num_jumped_tokens += num_jumped
+        if self._fill_ahead and a.redraw is None and not cursor.is_over and not cursor.num_ready and 0 < len(tokens) < a.budget and tokens[-1] not in a.end_ids:
             self._fill_row(cursor, 0)
             cursor.num_ready = 1
 
@@ -329,12 +341,26 @@ class Grammars:
             a.told = Told(tuple(tokens), (-1,) * len(tokens), a.cursor.is_over)
             self.counters.num_jumped_tokens += len(tokens)
 
-        self._finish([Job(functools.partial(go_on, a), a.cursor) for a in parts])
+        self._finish(go_on, parts, [a.cursor for a in parts])
 
-    def _accept(self, cursor: Cursor, token: int) -> None:
+    def _accept(self, cursor: Cursor, token: int) -> int:
         if not cursor.matcher.accept(token):
             raise InternalError("the grammar refuses a token that it allowed")
         cursor.num_ready = 0
+        return token
+
+    def _accept_or_redraw(self, cursor: Cursor, token: int, row: int, redraw: Redraw) -> int:
+        """The token where the grammar allows it, else the second draw, for which there must be a mask now."""
+        if not cursor.matcher.accept(token):
+            if not cursor.num_ready:
+                self._fill_row(cursor, 0)
+            self.counters.num_redrawn += 1
+            if cursor.is_free[0] or (token := redraw(row, cursor.masks[0])) < 0:
+                raise InternalError("the grammar refuses every token, or the model's logits of those that it allows are not finite")
+            return self._accept(cursor, token)
+        cursor.num_ready = 0
+        self.counters.num_checked += 1
+        return token
 
     def _is_over(self, cursor: Cursor) -> bool:
         """Whether an end token came, or no other may. The mask that it takes to know is that of the next row."""
@@ -398,14 +424,15 @@ class Grammars:
             self._jumpers[v.tokenizer_hash] = Jumper(v)
         return self._jumpers[v.tokenizer_hash]
 
-    def _finish(self, jobs: Sequence[Job]) -> None:
-        self._matching.wait(self._matching.submit(jobs))
-        self._charge(jobs)
+    def _finish(self, work: Callable[[T], None], parts: Sequence[T], cursors: Sequence[Cursor]) -> None:
+        batch = self._matching.submit(work, parts)
+        self._matching.wait(batch)
+        self._charge(batch, cursors)
 
-    def _charge(self, jobs: Sequence[Job]) -> None:
-        for job in jobs:
-            if job.error is not None and job.cursor is not None and job.cursor.error is None:
-                job.cursor.error = job.error
+    def _charge(self, batch: Batch, cursors: Sequence[Cursor]) -> None:
+        for i, error in batch.errors.items():
+            if cursors[i].error is None:
+                cursors[i].error = error
                 self.counters.num_errors += 1
 
 
@@ -420,6 +447,7 @@ class Advance:
         budget: Tokens that may come at most.
         end_ids: Tokens that end the sequence.
         jumper: None when forced text is not to be appended.
+        redraw: Set when the tokens were drawn without a mask; called for one that the grammar refuses.
         told: The result.
     """
 
@@ -430,23 +458,21 @@ class Advance:
     budget: int
     end_ids: Collection[int]
     jumper: Jumper | None
+    redraw: Redraw | None = None
     told: Told | None = None
 
 
 @dataclass(slots=True, eq=False)
-class Job:
-    """Work on one sequence's matcher, and how it failed."""
-
-    work: Callable[[], None]
-    cursor: Cursor | None = None
-    error: PlugmeshError | None = None
-
-
-@dataclass(slots=True, eq=False)
 class Batch:
-    """Jobs in order. `at` is the one being done; a thread that is given up on stops before the next one."""
+    """The same work on parts in order, each with a matcher of its own. `at` is the one being done; a thread that is given up on stops before the next one.
 
-    jobs: Sequence[Job]
+    Attributes:
+        errors: Why parts failed, by their number.
+    """
+
+    work: Callable[[Any], None]
+    parts: Sequence[Any]
+    errors: dict[int, PlugmeshError] = field(default_factory=dict)
     at: int = -1
     is_done: bool = False
     is_abandoned: bool = False
@@ -459,7 +485,7 @@ class Matching:
     A matcher that neither comes back nor gives up the interpreter's lock cannot be helped.
 
     Args:
-        timeout_s: Given to one job, counted from when somebody waits for it.
+        timeout_s: Given to one part of a batch, counted from when somebody waits for it.
     """
 
     def __init__(self, timeout_s: float) -> None:
@@ -467,17 +493,19 @@ class Matching:
         self._waiting: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
-    def submit(self, jobs: Sequence[Job]) -> Batch:
+    def submit(self, work: Callable[[T], None], parts: Sequence[T]) -> Batch:
         """Begins."""
+        return self._begin(Batch(work, parts))
+
+    def _begin(self, batch: Batch) -> Batch:
         if self._thread is None:
             self._thread = threading.Thread(target=_work, args=(self._waiting,), name="grammar", daemon=True)
             self._thread.start()
-        batch = Batch(jobs)
         self._waiting.put(batch)
         return batch
 
     def wait(self, batch: Batch) -> None:
-        """Returns when every job is done or failed; one that hangs fails with GrammarTimeout, and those behind it are done by a new thread."""
+        """Returns when every part is done or failed; one that hangs fails with GrammarTimeout, and those behind it are done by a new thread."""
         while True:
             at, num_waits = batch.at, 0
             while num_waits < _WAITS:
@@ -487,12 +515,12 @@ class Matching:
                 except queue.Empty:
                     at, num_waits = batch.at, num_waits + 1 if batch.at == at else 0
             batch.is_abandoned = True
-            hung = batch.jobs[max(0, at)]
-            hung.error = GrammarTimeout(f"the grammar engine did not come back within {self._timeout_s:g} s")
+            hung = max(0, at)
+            batch.errors[hung] = GrammarTimeout(f"the grammar engine did not come back within {self._timeout_s:g} s")
             log.error("engine.matcher_hangs", timeout_s=self._timeout_s)
             self._waiting.put(None)  # should it come back after all
             self._waiting, self._thread = queue.SimpleQueue(), None
-            batch = self.submit(batch.jobs[max(0, at) + 1 :])
+            batch = self._begin(Batch(batch.work, batch.parts, batch.errors, at=hung))
 
     def close(self) -> None:
         """Ends the thread after what it is doing."""
@@ -504,17 +532,18 @@ class Matching:
 
 def _work(waiting: queue.SimpleQueue[Batch | None]) -> None:
     while (batch := waiting.get()) is not None:
-        for i, job in enumerate(batch.jobs):
+        work, parts = batch.work, batch.parts
+        for i in range(batch.at + 1, len(parts)):
             if batch.is_abandoned:
                 return
             batch.at = i
             try:
-                job.work()
+                work(parts[i])
             except PlugmeshError as e:
-                job.error = e
+                batch.errors.setdefault(i, e)
             except Exception as e:
                 log.error("engine.matcher_failed", error=type(e).__name__)  # not the traceback: it may hold output
-                job.error = InternalError("the grammar engine failed on this request")
+                batch.errors.setdefault(i, InternalError("the grammar engine failed on this request"))
         batch.is_done = True
         batch.done.put(None)
-        del batch
+        del batch, work, parts

@@ -20,7 +20,7 @@ from plugmesh.types import BLOCK_TOKENS, FinishReason, TokenInfo, Usage, block_c
 from plugmesh_engine.admission import check_request
 from plugmesh_engine.batch import StepResult
 from plugmesh_engine.config import EngineConfig, leaves_a_core
-from plugmesh_engine.constrained import WINDOW_TOKENS, Advance, Cursor, Grammars
+from plugmesh_engine.constrained import WINDOW_TOKENS, Advance, Cursor, Grammars, Redraw
 from plugmesh_engine.filtering import Filtering
 from plugmesh_engine.forks import Holds, Origin
 from plugmesh_engine.kv.pool import BlockPool
@@ -33,11 +33,12 @@ from plugmesh_engine.outcome import (
     cut_scored,
     drop_bad_drafts,
     hidden_rows,
+    is_checked_later,
     rows_of,
     taps_of,
 )
 from plugmesh_engine.requests import BlockReady, EngineRequest, EngineStats, StepOutput, TokenEvent
-from plugmesh_engine.sampler import Choose, needs_counts
+from plugmesh_engine.sampler import Choose, needs_counts, redraw
 from plugmesh_engine.scheduler import FcfsScheduler
 from plugmesh_engine.seams import Executor, Model, Scheduler, SequenceView
 from plugmesh_engine.sequence import Group, State
@@ -338,7 +339,8 @@ class Engine(Swapping):
             num_filtered_prompts=self._filtering.num_prompts if self._filtering is not None else 0,
             num_tokens_left_out=self._filtering.num_tokens_left_out if self._filtering is not None else 0,
             num_filter_errors=self._filtering.num_errors if self._filtering is not None else 0,
-            num_masks_filled=self._grammars.counters.num_masks_filled, num_masks_skipped=self._grammars.counters.num_masks_skipped,
+            num_masks_filled=self._grammars.counters.num_masks_filled, num_checked=self._grammars.counters.num_checked,
+            num_redrawn=self._grammars.counters.num_redrawn, num_masks_skipped=self._grammars.counters.num_masks_skipped,
             num_masks_late=self._grammars.counters.num_masks_late, num_jumped_tokens=self._grammars.counters.num_jumped_tokens,
             num_grammar_errors=self._grammars.counters.num_errors, num_swaps=self._num_swaps,
         )  # fmt: skip
@@ -481,7 +483,9 @@ class Engine(Swapping):
         if self._drafter is not None and -1 in best:
             drop_bad_drafts(plan, best, self._pool)
         self._after_compute(plan)
-        return [] if result is None else choose_tokens(plan, result, best, self._siblings, self._choose, self._eos)
+        return [] if result is None else choose_tokens(
+            plan, result, best, self._siblings, self._choose, self._eos, checks_later=not self._overlaps_masks
+        )  # fmt: skip
 
     def _fill_masks(self, plan: Iterable[Planned]) -> None:
         """Begins to compute what the grammars of a step allow, for every row that a token will be sampled from."""
@@ -491,6 +495,8 @@ class Engine(Swapping):
             if s.grammar is None or s.num_computed + p.num_tokens < s.target:
                 continue
             samplers = [s] if g.forked else [a for a in g.alive if len(a.tokens) == g.num_prompt]
+            if not self._overlaps_masks:
+                samplers = [a for a in samplers if not is_checked_later(a)]
             self._filling.extend(samplers)
             rows.extend((a.grammar, p.draft) for a in samplers if a.grammar is not None)
         if rows:
@@ -576,13 +582,13 @@ class Engine(Swapping):
         for s, p, infos in sampled:
             if s.grammar is not None and s.state is State.RUNNING:
                 sequences.append(s)
-                found[id(s)] = self._advance_of(s, [-1 if i is None else i.token_id for i in infos], p.draft)
+                found[id(s)] = self._advance_of(s, [-1 if i is None else i.token_id for i in infos], p.draft, p.logits)
         if found:
             self._grammars.advance(list(found.values()))
             self._fail_unmatched(sequences)
         return found
 
-    def _advance_of(self, s: Seq, sampled: Sequence[int], draft: Sequence[int]) -> Advance:
+    def _advance_of(self, s: Seq, sampled: Sequence[int], draft: Sequence[int], logits: np.ndarray | None = None) -> Advance:
         g = s.group
         assert s.grammar is not None and g.request.grammar is not None
         budget = min(s.sampling.max_tokens - s.num_generated, self.max_model_len - len(s.tokens))
@@ -591,7 +597,15 @@ class Engine(Swapping):
         explains = s.sampling.logprobs or s.sampling.confidence_top_k > 0  # every token's row is wanted
         jumper = None if explains else self._grammars.jumper(g.request.grammar)
         last = s.tokens[max(g.num_prompt, len(s.tokens) - WINDOW_TOKENS[0]) :]
-        return Advance(s.grammar, sampled, last, draft, budget, g.end_ids(self._eos), jumper)
+        again: Redraw | None = None
+        if not self._overlaps_masks and is_checked_later(s):
+            seed, index, position = g.seed, s.index, s.num_generated
+
+            def again(row: int, mask: np.ndarray) -> int:
+                assert logits is not None
+                return redraw(logits[row], mask, s.sampling, seed, index, position + row)
+
+        return Advance(s.grammar, sampled, last, draft, budget, g.end_ids(self._eos), jumper, again)
 
     def _go_on_from_resumed(self, g: Group) -> None:
         """Appends what an undisturbed run would have had forced behind the resumed tokens, perhaps in the middle of it."""

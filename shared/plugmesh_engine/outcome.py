@@ -74,14 +74,22 @@ def cut_scored(p: Planned, num_left: int) -> int:
     return max(0, s.num_computed + p.num_tokens - first)
 
 
+def is_checked_later(s: Seq) -> bool:
+    """Whether the next token of a constrained sequence may be drawn before its mask is known; its matcher is then asked for that token alone."""
+    g = s.group
+    return g.is_checked_later and s.num_generated >= g.request.sampling.min_tokens
+
+
 def choose_tokens(
-    plan: Sequence[Planned], result: StepResult, best: Sequence[int], siblings: Callable[[Seq], Sequence[Seq]], choose: Choose | None, eos: tuple[int, ...]
-) -> list[Sampled]:
+    plan: Sequence[Planned], result: StepResult, best: Sequence[int], siblings: Callable[[Seq], Sequence[Seq]], choose: Choose | None, eos: tuple[int, ...],
+    *, checks_later: bool = False,
+) -> list[Sampled]:  # fmt: skip
     """A token for every wanted row of every sequence that still runs.
 
     Args:
         best: `result.best` as integers.
         siblings: The sequences that sample from the rows of one whose prompt was computed for all of them.
+        checks_later: There are no masks for those of whom `is_checked_later`: their tokens are those of a free sequence, and `Planned.logits` is kept for a second draw.
     """
     sampled: list[Sampled] = []
     pairs: list[tuple[Seq, Planned, int, list[TokenInfo | None]]] = []  # sequence, its part, first row of the logits, where its tokens go
@@ -100,15 +108,19 @@ def choose_tokens(
             sampled.append((s, p, _scores(s, result.logits[full_first:full_row], best[first:row])))
             continue
         for sibling in [s] if s.group.forked else siblings(s):
-            infos: list[TokenInfo | None] = [] if p.rows.full else [TokenInfo(t) if t >= 0 else None for t in best[first:row]]
+            is_best = not p.rows.full
+            if checks_later and is_checked_later(sibling):
+                p.logits = result.logits[full_first:full_row]
+                is_best = sibling.sampling.temperature <= 0
+            infos: list[TokenInfo | None] = [TokenInfo(t) if t >= 0 else None for t in best[first:row]] if is_best else []
             sampled.append((sibling, p, infos))
-            if p.rows.full:
+            if not is_best:
                 pairs.append((sibling, p, full_first, infos))
                 full_best += best[first : first + 1 + len(p.draft)]
     if pairs:
         at = [full_first + i for _, p, full_first, _ in pairs for i in range(1 + len(p.draft))]
         logits = result.logits if at == list(range(len(result.logits))) else result.logits[at]
-        rows = [_sample_row(s, p.draft, i, eos) for s, p, _, _ in pairs for i in range(1 + len(p.draft))]
+        rows = [_sample_row(s, p.draft, i, eos, has_mask=not (checks_later and is_checked_later(s))) for s, p, _, _ in pairs for i in range(1 + len(p.draft))]
         found = iter(sample(logits, rows, choose, full_best))
         for _, p, _, infos in pairs:
             infos.extend(itertools.islice(found, 1 + len(p.draft)))
@@ -122,7 +134,7 @@ def _scores(s: Seq, logits: np.ndarray, best: Sequence[int]) -> list[TokenInfo |
     return [info if b >= 0 else None for info, b in zip(infos, best, strict=True)]
 
 
-def _sample_row(s: Seq, draft: Sequence[int], num_before: int, eos: tuple[int, ...]) -> SampleRow:
+def _sample_row(s: Seq, draft: Sequence[int], num_before: int, eos: tuple[int, ...], *, has_mask: bool) -> SampleRow:
     """The row behind the first `num_before` drafted tokens, which is only looked at when all of them were accepted."""
     g = s.group
     counts = s.counts or {}
@@ -132,7 +144,7 @@ def _sample_row(s: Seq, draft: Sequence[int], num_before: int, eos: tuple[int, .
             counts[token] = counts.get(token, 0) + 1
     return SampleRow(
         params=g.request.sampling, seed=g.seed, sequence=s.index, position=s.num_generated + num_before, prompt_ids=g.distinct_prompt_ids,
-        counts=counts, end_ids=g.end_ids(eos), mask=s.grammar.mask(num_before) if s.grammar is not None else None,
+        counts=counts, end_ids=g.end_ids(eos), mask=s.grammar.mask(num_before) if s.grammar is not None and has_mask else None,
     )  # fmt: skip
 
 

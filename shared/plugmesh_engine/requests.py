@@ -149,6 +149,7 @@ class EngineStats:
         num_draft_errors: Calls of a draft method that raised or gave nonsense; their steps went on without drafts.
         num_filtered_prompts, num_tokens_left_out: Prompts that a filter chose tokens of, and their tokens that it did not choose.
         num_filter_errors: Prompts that were read whole because a filter raised or gave nonsense.
+        num_checked, num_redrawn: Tokens of constrained sequences that were drawn without a mask and allowed, and those drawn anew because they were refused.
         num_masks_filled, num_masks_skipped: Rows of constrained sequences with a mask, and without because every token was allowed.
         num_masks_late: Steps that waited for masks when their forward pass was done.
         num_jumped_tokens: Tokens that grammars forced, without a forward pass of their own.
@@ -180,6 +181,8 @@ class EngineStats:
     num_tokens_left_out: int = 0
     num_filter_errors: int = 0
     num_masks_filled: int = 0
+    num_checked: int = 0
+    num_redrawn: int = 0
     num_masks_skipped: int = 0
     num_masks_late: int = 0
     num_jumped_tokens: int = 0

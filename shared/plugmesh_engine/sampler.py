@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from plugmesh_engine.constrained import without
 
 _CANDIDATES = 1024  # sorted before a full sort is tried; nearly every top-p lies within
 _MASK = 0xFFFFFFFFFFFFFFFF
+_SECOND = 0x5EC0D0D2A3B1C4F7  # makes another seed of a seed
 _PYTHON_UNIFORMS = 16  # up to so many rows plain integers are faster than numpy's calls
 
 
@@ -26,6 +27,7 @@ class SampleRow:
         counts: Generated tokens and how often each occurred; read for the penalties only.
         end_ids: Tokens that end the sequence, forbidden before `min_tokens`.
         mask: (words,) uint32, a bit for every token that a grammar allows; None for all. What `min_tokens` would forbid stays where nothing else is allowed.
+            Where `draws_freely`, a mask that comes after the draw does as well: see `redraw`.
     """
 
     params: SamplingParams
@@ -62,6 +64,9 @@ def sample(
         rest = [i for i in range(len(rows)) if i not in settled]
         others = iter(sample(logits[rest], [rows[i] for i in rest], choose, [best[i] for i in rest]) if rest else ())
         return [TokenInfo(settled[i]) if i in settled else next(others) for i in range(len(rows))]
+    masks = {i: m for i, r in enumerate(rows) if (m := r.mask) is not None and draws_freely(r.params, r.position)}
+    if masks:
+        rows = [replace(r, mask=None) if i in masks else r for i, r in enumerate(rows)]
     # Before an edit hides it.
     spoiled = [i for i, r in enumerate(rows) if _edits(r) and (not np.isfinite(logits[i].max()) if best is None else best[i] < 0)]
     confidences = _confidences(logits, rows)  # of the model's own distribution: a bias or a mask would make any token look certain
@@ -72,6 +77,10 @@ def sample(
     if spoiled:
         logits[spoiled] = np.nan
     chosen = _choose(logits, rows, choose)
+    for i, mask in masks.items():
+        if (token := int(chosen[i])) >= 0 and not allows(mask, token):
+            r = rows[i]
+            chosen[i] = redraw(logits[i], mask, r.params, r.seed, r.sequence, r.position)
     infos = _infos(logits, rows, chosen)
     for i, confidence in confidences.items():
         info = infos[i]
@@ -84,12 +93,54 @@ def _settled(rows: Sequence[SampleRow], best: Sequence[int]) -> dict[int, int]:
     """Row to token of greedy rows whose best token their grammar allows: nothing that is masked out can have been better. Mostly the model means to obey."""
     found = {}
     for i, (r, token) in enumerate(zip(rows, best, strict=True)):
-        p, mask = r.params, r.mask
-        if mask is None or token < 0 or p.temperature > 0 or p.logprobs or p.confidence_top_k or p.logit_bias or r.position < p.min_tokens or needs_counts(p):
-            continue
-        if int(mask[token >> 5]) >> (token & 31) & 1:
+        if r.mask is not None and token >= 0 and r.params.temperature <= 0 and draws_freely(r.params, r.position) and allows(r.mask, token):
             found[i] = token
     return found
+
+
+def allows(mask: np.ndarray, token: int) -> bool:
+    """Whether the token's bit is set in (words,) uint32."""
+    return bool(int(mask[token >> 5]) >> (token & 31) & 1)
+
+
+def draws_freely(params: SamplingParams, position: int) -> bool:
+    """Whether a row's token is drawn as if there were no grammar, and drawn anew by `redraw` from what the grammar allows where that refuses the first.
+
+    Both together have the distribution of one draw from what is allowed: with A for that, and p for the model's, a token of A comes with
+    p(x) + (1 - p(A)) p(x) / p(A) = p(x) / p(A). Most first draws are allowed, and for those no mask is needed, only the matcher's word for one token. Not where a
+    filter, an edit or what is told of the token looks at more than the one that is drawn.
+    """
+    p = params
+    if p.logprobs or p.confidence_top_k or p.logit_bias or position < p.min_tokens or needs_counts(p):
+        return False
+    return p.temperature <= 0 or (p.top_k <= 0 and p.top_p >= 1.0 and p.min_p <= 0.0)
+
+
+def redraw(logits: np.ndarray, mask: np.ndarray, params: SamplingParams, seed: int, sequence: int, position: int) -> int:
+    """The second draw of `draws_freely`, with a random number of its own; -1 when no allowed token has a finite logit.
+
+    Args:
+        logits: (vocab,) float32, not changed.
+        mask: (words,) uint32.
+    """
+    kernels = _kernels()
+    draw = draw_allowed if kernels is None else kernels.draw_allowed
+    return int(draw(logits, mask, params.temperature, _uniform(seed ^ _SECOND, sequence, position) if params.temperature > 0 else 0.0))
+
+
+def draw_allowed(logits: np.ndarray, mask: np.ndarray, temperature: float, u: float) -> int:
+    """`plugmesh_kernels.native().draw_allowed` in numpy: what `sample_rows` draws of the tokens of (vocab,) whose bit is set; -1 when none has a finite logit."""
+    ids = np.flatnonzero(_bits(mask, len(logits)))
+    if not len(ids):
+        return -1
+    one, none = np.ones(1, np.float32), np.zeros(1, np.float32)
+    at = int(sample_rows(logits[None, ids], temperature * one, np.zeros(1, np.int32), one, none, np.array([u]))[0])
+    return int(ids[at]) if at >= 0 else -1
+
+
+def _bits(mask: np.ndarray, n: int) -> np.ndarray:
+    """(n,) uint8 of packed (words,) uint32."""
+    return np.unpackbits(mask.astype("<u4", copy=False).view(np.uint8), bitorder="little")[:n]
 
 
 def _confidences(logits: np.ndarray, rows: Sequence[SampleRow]) -> dict[int, float]:
@@ -157,8 +208,7 @@ def _mask(logits: np.ndarray, rows: Sequence[SampleRow]) -> None:
 def mask_rows(logits: np.ndarray, masks: np.ndarray, rows: np.ndarray) -> None:
     """`plugmesh_kernels.native().mask_rows` in numpy: row `rows[i]` of (R, vocab) becomes -inf, in place, where `masks[i]` (words,) uint32 has no bit."""
     for row, mask in zip(rows, masks, strict=True):
-        allowed = np.unpackbits(mask.astype("<u4", copy=False).view(np.uint8), bitorder="little")[: logits.shape[1]]
-        logits[row, allowed == 0] = -np.inf
+        logits[row, _bits(mask, logits.shape[1]) == 0] = -np.inf
 
 
 # -- what changes the logits ---------------------------------------------------------------------------------------------------

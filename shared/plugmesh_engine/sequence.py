@@ -13,7 +13,7 @@ from plugmesh.types import BLOCK_TOKENS, FinishReason, SamplingParams, block_id
 from plugmesh_engine.constrained import Cursor
 from plugmesh_engine.kv.prefix import PrefixCache
 from plugmesh_engine.requests import EngineRequest, KvSource
-from plugmesh_engine.sampler import needs_logits
+from plugmesh_engine.sampler import draws_freely, needs_logits
 
 
 class State(enum.Enum):
@@ -36,6 +36,8 @@ class Group:
         num_cached_tokens: Prompt tokens whose KV was found when the request was first admitted; -1 before.
         num_blocks_announced: Of a prefill_only prompt.
         num_prompt, needs_logits: Of the request, kept because they are read in every step.
+        is_checked_later: A constrained sequence's token, once `min_tokens` are there, may be drawn before its mask is known; its matcher is then asked for that
+            token alone (`sampler.draws_freely`).
         num_shared: Tokens that the first sequence computes for all: the prompt, without its last token where continuations are scored, because that one's
             row tells the first token of each.
         inherited: Blocks of the sequence that the request was forked from, with a reference each, until it is admitted; they hold `num_inherited` tokens.
@@ -56,6 +58,7 @@ class Group:
     num_prompt: int = 0
     num_shared: int = 0
     needs_logits: bool = False
+    is_checked_later: bool = False
     inherited: list[int] = field(default_factory=list)
     num_inherited: int = 0
     num_total: int = 0
@@ -68,6 +71,7 @@ class Group:
         self.num_prompt = self.num_given = len(self.request.token_ids)
         self.num_shared = self.num_prompt - (1 if self.request.score else 0)
         self.needs_logits = self.request.grammar is not None or needs_logits(self.request.sampling)
+        self.is_checked_later = self.request.grammar is not None and draws_freely(self.request.sampling, self.request.sampling.min_tokens)
 
     def choose_prompt(self, token_ids: tuple[int, ...]) -> None:
         """Other tokens take the prompt's place, before any of it was computed. What was generated before (`EngineRequest.resume`) stays."""

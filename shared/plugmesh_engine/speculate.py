@@ -25,6 +25,7 @@ class Planned:
         rows: As given to the executor.
         num_accepted: Of the draft.
         is_void: What was computed for it does not count.
+        logits: (1 + len(draft), vocab) float32 of the model's own distribution, until the next step; only where a second draw may come.
     """
 
     seq: Seq
@@ -33,6 +34,7 @@ class Planned:
     rows: Rows | None = None
     num_accepted: int = 0
     is_void: bool = False
+    logits: np.ndarray | None = None
 
 
 class Drafter:

@@ -535,3 +535,28 @@ def test_masks_beside_the_forward_pass_and_ahead_of_it_are_the_same(jump):
         engine.close()
     assert found[True] == found[False]
     assert batches[False] < batches[True]
+
+
+def test_a_mask_is_computed_where_the_free_draw_is_refused_and_nowhere_else():
+    """Every token is checked once; those refused have a mask each. What asks for more than a token has a mask for each."""
+    engine = engine_of(jump_forward=False, overlap_masks=False)
+    num = sum(len(tokens) for (tokens,) in run_to_end(engine, ask("a"), ask("b", dataclasses.replace(GREEDY, temperature=1.5, seed=4))).values())
+    stats = engine.stats()
+    assert stats.num_checked + stats.num_redrawn == num
+    assert 0 < stats.num_redrawn < num
+    before = stats.num_masks_filled
+    found = run_to_end(engine, ask("c", dataclasses.replace(GREEDY, temperature=1.0, seed=4, top_p=0.9)))
+    assert engine.stats().num_checked + engine.stats().num_redrawn == num
+    assert engine.stats().num_masks_filled - before >= len(found["c"][0]) - 1  # the last may be known to be an end
+    engine.close()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.2])
+def test_with_drafts_masks_beside_and_checks_behind_are_the_same(temperature):
+    sampling = dataclasses.replace(GREEDY, temperature=temperature, seed=11)
+    plain = run_to_end(engine_of(jump_forward=False, overlap_masks=False), ask("a", sampling))
+    for beside in (False, True):
+        engine = engine_of(Repeats(plain["a"][0]), overlap_masks=beside, jump_forward=False)
+        assert run_to_end(engine, ask("a", sampling)) == plain
+        assert engine.stats().num_draft_tokens_accepted > 0
+        engine.close()

@@ -216,3 +216,27 @@ def test_a_greedy_row_whose_best_token_is_allowed_needs_no_logits(share):
     greedy = [i for i in range(len(rows)) if i % len(params) == 0 and rows[i].mask is not None and wanted[i] is not None and best[i] == wanted[i].token_id]
     assert len(greedy) > (0 if share > 0.3 else -1)
     assert [i.token_id for i in sample(untouched[greedy] * 0, [rows[i] for i in greedy], None, [best[i] for i in greedy])] == [best[i] for i in greedy]
+
+
+@pytest.mark.parametrize(("temperature", "num_allowed"), [(1.0, 3), (1.0, 20), (0.5, 8)])
+def test_two_draws_have_the_distribution_of_one_from_what_is_allowed(temperature, num_allowed):
+    """A free draw, and another one where the grammar refuses it: a chi-square test over 6,000 positions against the masked softmax."""
+    rng = np.random.default_rng(num_allowed)
+    logits = (2 * rng.standard_normal(VOCAB)).astype(np.float32)
+    allowed = np.zeros(32, bool)
+    allowed[rng.permutation(VOCAB)[:num_allowed]] = True
+    allowed[logits.argmax()] = False
+    mask = np.packbits(allowed, bitorder="little").view("<u4").astype(np.uint32)
+    params = SamplingParams(temperature=temperature)
+    num = 6000
+    rows = [SampleRow(params, 3, 0, i, lambda: np.array([1]), {}, (), mask) for i in range(num)]
+    infos = sample(np.tile(logits, (num, 1)), rows)
+    counts = np.bincount([i.token_id for i in infos if i is not None], minlength=VOCAB)
+    p = np.where(allowed[:VOCAB], np.exp(logits.astype(np.float64) / temperature), 0.0)
+    expected = num * p / p.sum()
+    assert counts.sum() == num and not counts[~allowed[:VOCAB]].any()
+    assert 0.05 < 1 - p.sum() / np.exp(logits.astype(np.float64) / temperature).sum() < 0.999  # some draws are refused
+    likely = expected >= 5
+    found = ((counts - expected)[likely] ** 2 / expected[likely]).sum() + (counts - expected)[~likely].sum() ** 2 / max(expected[~likely].sum(), 1.0)
+    freedom = likely.sum()
+    assert found < freedom + 5 * math.sqrt(2 * freedom), (found, freedom)
