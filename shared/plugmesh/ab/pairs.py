@@ -17,6 +17,7 @@ from typing import Any, Literal
 from plugmesh.ab.asks import asks_of
 from plugmesh.ab.compare import Findings, examiner
 from plugmesh.ab.compare import Options as CompareOptions
+from plugmesh.ab.side import SAMPLE_TOKENS
 from plugmesh.ab.sides import Subject
 from plugmesh.ab.systems import SideEngine, SideMesh
 from plugmesh.bench.rounds import Progress, describe_machine
@@ -24,8 +25,10 @@ from plugmesh.bench.systems import Setting, started
 from plugmesh.cards import Card
 from plugmesh.errors import ConfigError, FailedPrecondition, PlugmeshError
 from plugmesh.quality.fidelity import Outputs, combined, judge
+from plugmesh.quality.samples import compare_samples
 
 State = Literal["same", "runs", "conflict", "differs", "fails"]
+NUM_SAMPLES = 1000  # of each side, where cards promise the same distribution
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,31 +168,39 @@ class _Trial:
         subject = subject_of_cards(cards)
         try:
             # What cards set for both sides may change output, too (another dtype, say), so baselines are told apart by it.
-            key = (tier, repr(subject.tables(self._setting, loaded=False)))
+            is_dist = tier == "engine" and subject.fidelity == "dist" and not self._is_quick
+            key = (tier, is_dist, repr(subject.tables(self._setting, loaded=False)))
             if key not in self._without:
                 self._without[key] = (await self._outputs(subject, tier, "without"))[0]
             with_, refused = await self._outputs(subject, tier, "with")
-            verdict = judge(subject.fidelity, self._without[key], with_)
+            without = dict(self._without[key])
+            # Samples are drawn with seeds of their own on each side, so they are no outputs to be compared one by one.
+            ours, theirs = without.pop("samples", ()), with_.pop("samples", ())
+            verdict = judge(subject.fidelity, without, with_)
+            unlike = compare_samples(_tokens(ours), _tokens(theirs), SAMPLE_TOKENS)[1] if is_dist else ""
         except PlugmeshError as e:
             return _Verdict("fails", e.message)
         except ValueError as e:  # fewer outputs than prompts
             return _Verdict("fails", str(e))
-        if not verdict.holds:
-            return _Verdict("differs", verdict.difference, verdict.shares, refused)
+        if not verdict.holds or unlike:
+            return _Verdict("differs", verdict.difference or unlike, verdict.shares, refused)
         if not all(all(outputs) for outputs in with_.values()):
             return _Verdict("fails", "an output is empty", verdict.shares, refused)
         return _Verdict("same" if min(verdict.shares.values()) == 1 else "runs", "", verdict.shares, refused)
 
-    async def _outputs(self, subject: Subject, tier: str, side: str) -> tuple[Outputs, Mapping[frozenset[str], str]]:
+    async def _outputs(self, subject: Subject, tier: str, side: str) -> tuple[dict[str, Any], Mapping[frozenset[str], str]]:
         if tier == "engine":
             return await self._of_engine(subject, side), {}
-        return await self._of_mesh(subject, side)
+        outputs, refused = await self._of_mesh(subject, side)
+        return dict(outputs), refused
 
-    async def _of_engine(self, subject: Subject, side: str) -> Outputs:
+    async def _of_engine(self, subject: Subject, side: str) -> dict[str, Any]:
         engine = SideEngine(self._setting, subject, side)
         async with started([engine], lambda text: None) as (_, missing):
             _raise(missing)
-            outputs: Outputs = (await engine.ask(outputs=True, is_quick=self._is_quick))["outputs"]
+            outputs: dict[str, Any] = (await engine.ask(outputs=True, is_quick=self._is_quick))["outputs"]
+            if subject.fidelity == "dist" and not self._is_quick:
+                outputs |= await engine.ask(samples=NUM_SAMPLES, seed=1 if side == "without" else 1 + NUM_SAMPLES)
             return outputs
 
     async def _of_mesh(self, subject: Subject, side: str) -> tuple[Outputs, Mapping[frozenset[str], str]]:
@@ -209,6 +220,10 @@ class _Trial:
             _raise(missing)
         _raise({f["side"]: f["reason"] for f in found.failures})
         return found.outputs["served"][side], refused
+
+
+def _tokens(samples: Sequence[Sequence[int] | str]) -> list[list[int]]:
+    return [[int(t) for t in sample] for sample in samples]
 
 
 def _raise(missing: dict[str, str]) -> None:

@@ -1,7 +1,7 @@
 """One side as a process: `python -m plugmesh.ab.side FILE`, driven over its standard input like `plugmesh_engine.bench`, whose runs it knows, too.
 
 FILE is JSON: `model`, `store`, `tables` (of this side), `tools` (slugs), `tools_tables`, `is_reference`. After a line with facts it answers one line per ask:
-`{"conversations": ...}` a run, `{"observe": metric, ...}` a quality metric, `{"outputs": ...}` tokens for the check of fidelity.
+`{"conversations": ...}` a run, `{"observe": metric, ...}` a quality metric, `{"outputs": ...}` tokens for the check of fidelity, `{"samples": ...}` many short ones.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from plugmesh_engine.config import resolve_executor
 from plugmesh_engine.plugins import EnginePlugins
 
 FIDELITY_PROMPTS, FIDELITY_TOKENS, SEED = 8, 48, 11
+SAMPLE_TOKENS = 4
 
 
 def engine_config(table: Mapping[str, Any]) -> EngineConfig:
@@ -78,6 +79,8 @@ class Side:
         assert self._engine is not None, "the reference only observes"
         if "outputs" in ask:
             return self._outputs(is_quick=ask["is_quick"])
+        if "samples" in ask:
+            return self._samples(ask["samples"], seed=ask["seed"])
         return run_closed_loop(self._engine, ask["conversations"], ask["streams"], use_cache=ask.get("use_cache", True), want_tokens=ask.get("want_tokens", False))
 
     def _subject(self, *, seed: int, is_quick: bool) -> EngineSubject | ReferenceSubject:
@@ -104,6 +107,12 @@ class Side:
         prompts = fidelity_prompts(subject, num)
         greedy = [*subject.generate(prompts[:1], length), *subject.generate(prompts, length)]
         return {"outputs": {"greedy": greedy, "seeded": subject.generate(prompts, length, temperature=0.8, seed=SEED)}}
+
+    def _samples(self, num: int, *, seed: int) -> dict[str, Any]:
+        """The first tokens after one prompt at temperature 1; sample i draws with `seed + i`."""
+        subject = self._subject(seed=SEED, is_quick=False)
+        prompt = fidelity_prompts(subject, 2)[0]
+        return {"samples": subject.generate([prompt] * num, SAMPLE_TOKENS, temperature=1.0, seed=seed)}
 
 
 def fidelity_prompts(subject: Any, num: int) -> list[list[int]]:

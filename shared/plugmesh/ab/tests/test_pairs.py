@@ -6,6 +6,7 @@ import http.server
 import itertools
 import json
 import pathlib
+import random
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -16,7 +17,8 @@ from hypothesis import strategies as st
 
 from plugmesh import cards
 from plugmesh.ab.asks import asks_of
-from plugmesh.ab.pairs import groups, subject_of_cards, tier_of, why_not
+from plugmesh.ab.pairs import _Trial, groups, subject_of_cards, tier_of, why_not
+from plugmesh.ab.sides import Subject
 from plugmesh.bench.systems import Setting
 from plugmesh.errors import FailedPrecondition, Unavailable
 from plugmesh.quality.fidelity import combined
@@ -75,6 +77,35 @@ def test_short_prompts_get_the_cards_settings_for_them_and_an_optional_service_i
 
     assert tables["plugins"] == {"aa": {"min_tokens": 3, "x": 1}}
     assert tables["services"]["rollout"] == {"plugins": ["bb"], "replicas": 1}
+
+
+class Told(_Trial):
+    """Outputs as told, in place of an engine's."""
+
+    def __init__(self, with_: dict[str, Any]) -> None:
+        super().__init__(SETTING, is_quick=False)
+        self.with_ = with_
+
+    async def _outputs(self, subject: Subject, tier: str, side: str) -> tuple[dict[str, Any], dict[frozenset[str], str]]:
+        outputs = {"greedy": [[1, 2]], "seeded": [[3, 4]], "samples": samples(0)}
+        return (outputs if side == "without" else {**outputs, **self.with_}), {}
+
+
+def samples(seed: int, tilt: float = 0.0) -> list[list[int]]:
+    dice = random.Random(seed)
+    return [[0 if dice.random() < 0.5 + tilt else 1 for _ in range(4)] for _ in range(1000)]
+
+
+@pytest.mark.parametrize(("fidelity", "with_", "state"), [
+    ("dist", {"samples": samples(1), "seeded": [[3, 5]]}, "runs"), ("dist", {"samples": samples(1, 0.1)}, "differs"), ("dist", {"greedy": [[1, 3]]}, "differs"),
+    ("exact", {"samples": samples(1, 0.1)}, "same"), ("exact", {"seeded": [[3, 5]]}, "differs"), ("exact", {"greedy": []}, "fails"),
+    ("lossy", {"greedy": [[1, 3]]}, "runs"), ("lossy", {"greedy": [[]]}, "fails"),
+])  # fmt: skip
+async def test_outputs_are_held_against_the_weaker_promise(fidelity: str, with_: dict[str, Any], state: str) -> None:
+    verdict = await Told(with_).of([card("aa"), card("bb", fidelity=fidelity)], "engine")
+
+    assert verdict.state == state
+    assert ("distribution" in verdict.reason) == (fidelity == "dist" and "samples" in with_ and state == "differs")
 
 
 # -- requests --------------------------------------------------------------------------------------------------------------
