@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import time
 
+import grpc.aio
 import numpy as np
 import pytest
 
-from plugmesh.client.rollout import Row
+from plugmesh.client.rollout import RolloutClient, Row
 from plugmesh.errors import AlreadyExists, InvalidRequest, LimitExceeded, NotFound, Overloaded, StaleIncarnation
 from plugmesh_proto.v1 import rollout_pb2 as pb
 
@@ -218,3 +219,21 @@ async def test_what_cannot_be_is_an_error_that_names_it(kit):
     assert 0.15 < time.monotonic() - began < 2
     assert await client.put("t", []) == []
     assert await client.clear("t", [99]) == 0
+
+
+async def test_a_call_that_nobody_answered_in_time_is_repeated(kit, monkeypatch):
+    """As after a machine that slept, or a process that was stopped for a while."""
+    monkeypatch.setattr("plugmesh.client.rollout._GRACE_S", 0.3)
+    table = await kit.table()
+    mute = await asyncio.start_server(lambda reader, writer: None, "127.0.0.1", 0)
+    asked = []
+
+    def channel():
+        asked.append(f"127.0.0.1:{mute.sockets[0].getsockname()[1]}" if len(asked) < 2 else table.address)
+        return grpc.aio.insecure_channel(asked[-1])
+
+    async with RolloutClient(channel, retry_s=2.0) as patient:
+        with pytest.raises(NotFound):
+            await patient.status("none")
+    assert len(set(asked)) == 2
+    mute.close()

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 
 from plugmesh.client.rollout_values import Value, decode, encode
-from plugmesh.errors import InvalidRequest, LimitExceeded, PlugmeshError, Unavailable
+from plugmesh.errors import DeadlineExceeded, InvalidRequest, LimitExceeded, PlugmeshError, Unavailable
 from plugmesh.wire import error_from_rpc
 from plugmesh_proto.v1 import rollout_pb2 as pb
 from plugmesh_proto.v1 import rollout_pb2_grpc
@@ -121,7 +121,7 @@ class RolloutClient:
 
     Args:
         address: "host:port" of the service's gRPC address; or a function that gives a channel, asked again after a failure (see `of_mesh`).
-        retry_s: How long to repeat a call while nobody answers (Unavailable), before raising that.
+        retry_s: How long to repeat a call while nobody answers (Unavailable, DeadlineExceeded), before raising that.
     """
 
     def __init__(self, address: str | Callable[[], grpc.aio.Channel], *, retry_s: float = 30.0) -> None:
@@ -391,8 +391,7 @@ class RolloutClient:
         return await self._repeat(start)
 
     async def _repeat(self, start: Callable[[], Any]) -> Any:
-        deadline = time.monotonic() + self._retry_s
-        pause = 0.05
+        waited, pause = 0.0, 0.05  # not by the clock: a machine that slept has not waited
         while True:
             try:
                 return await start()
@@ -400,7 +399,8 @@ class RolloutClient:
                 error = error_from_rpc(e)
             except Unavailable as e:
                 error = e
-            if not isinstance(error, Unavailable) or time.monotonic() + pause > deadline:
+            waited += pause + (_GRACE_S if isinstance(error, DeadlineExceeded) else 0.0)
+            if not isinstance(error, Unavailable | DeadlineExceeded) or waited > self._retry_s:
                 raise error from None
             self._stub = None  # the service may have come back at another address
             await asyncio.sleep(pause)
