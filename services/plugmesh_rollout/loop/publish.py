@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import pathlib
 import time
@@ -325,7 +326,10 @@ async def check_fleet(fleet: Fleet, base: str, config: ModelConfig) -> None:
         raise ConfigError(f"rollout: backend mesh: {e.message}") from e
     except Unavailable as e:
         raise ConfigError(f"rollout: backend mesh: the weightstore does not answer: {e.message}") from e
-    problem = difference(config, ModelConfig.from_json(manifest.config_json))
+    served = ModelConfig.from_json(manifest.config_json)
+    if served.max_position >= config.max_position:  # a run may want less
+        served = dataclasses.replace(served, max_position=config.max_position)
+    problem = difference(config, served)
     if problem:
         raise ConfigError(
             f"rollout: backend mesh: the model {manifest.model} of the mesh is not that of the run: its {problem}; `plugmesh rl export` writes the run's model "
