@@ -1,7 +1,8 @@
-"""Programmatic verifiers as records: `exact` and `partial`."""
+"""Programmatic verifiers as records: `exact`, `partial` and `number`."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,9 +37,29 @@ class Partial:
         return self._weight * right / max(len(answer), len(response), 1)
 
 
+class Number:
+    """1 where the first number that the response names is the answer, else 0; `alone` (0) is the part of it that only a response gets which says nothing else.
+
+    The first one, so that to name all numbers of a question gains nothing. A number is digits with a sign, points and commas: 8.5 and 8,200 are not 8.
+    """
+
+    _NUMBER = re.compile(r"-?\d+(?:[.,]\d+)*")
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        if set(options) - {"alone"}:
+            raise InvalidRequest("the reward number has one option, alone", param="reward")
+        self._alone = float(options.get("alone", 0.0))
+
+    def score(self, prompt: str, answer: str, response: str) -> float:
+        found = self._NUMBER.search(response)
+        if found is None or found[0] != answer:
+            return 0.0
+        return 1.0 if response.strip().removesuffix(".") == answer else 1.0 - self._alone
+
+
 class CoreRewards:
     """The core's own, through the plugins' door."""
 
     @hookimpl
     def register_rewards(self) -> list[RewardRecord]:
-        return [RewardRecord("exact", Exact), RewardRecord("partial", Partial)]
+        return [RewardRecord("exact", Exact), RewardRecord("partial", Partial), RewardRecord("number", Number)]
