@@ -309,8 +309,11 @@ class Grammars:
                 break
             if a.redraw is None:
                 self._accept(cursor, token)
+            elif cursor.matcher.accept(token):
+                cursor.num_ready = 0
+                self.counters.num_checked += 1
             else:
-                token = self._accept_or_redraw(cursor, token, row, a.redraw)
+                token = self._redrawn(cursor, row, a.redraw)
             tokens.append(token)
             rows.append(row if token == a.sampled[row] else -1)
             # The rows behind count as long as the output is what the draft said.
@@ -343,23 +346,19 @@ class Grammars:
 
         self._finish(go_on, parts, [a.cursor for a in parts])
 
-    def _accept(self, cursor: Cursor, token: int) -> int:
+    def _accept(self, cursor: Cursor, token: int) -> None:
         if not cursor.matcher.accept(token):
             raise InternalError("the grammar refuses a token that it allowed")
         cursor.num_ready = 0
-        return token
 
-    def _accept_or_redraw(self, cursor: Cursor, token: int, row: int, redraw: Redraw) -> int:
-        """The token where the grammar allows it, else the second draw, for which there must be a mask now."""
-        if not cursor.matcher.accept(token):
-            if not cursor.num_ready:
-                self._fill_row(cursor, 0)
-            self.counters.num_redrawn += 1
-            if cursor.is_free[0] or (token := redraw(row, cursor.masks[0])) < 0:
-                raise InternalError("the grammar refuses every token, or the model's logits of those that it allows are not finite")
-            return self._accept(cursor, token)
-        cursor.num_ready = 0
-        self.counters.num_checked += 1
+    def _redrawn(self, cursor: Cursor, row: int, redraw: Redraw) -> int:
+        """The second draw, for which there must be a mask now, accepted."""
+        if not cursor.num_ready:
+            self._fill_row(cursor, 0)
+        self.counters.num_redrawn += 1
+        if cursor.is_free[0] or (token := redraw(row, cursor.masks[0])) < 0:
+            raise InternalError("the grammar refuses every token, or the model's logits of those that it allows are not finite")
+        self._accept(cursor, token)
         return token
 
     def _is_over(self, cursor: Cursor) -> bool:

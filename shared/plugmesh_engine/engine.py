@@ -494,6 +494,8 @@ class Engine(Swapping):
             s, g = p.seq, p.seq.group
             if s.grammar is None or s.num_computed + p.num_tokens < s.target:
                 continue
+            if not self._overlaps_masks and g.is_checked_later and not g.request.sampling.min_tokens:
+                continue
             samplers = [s] if g.forked else [a for a in g.alive if len(a.tokens) == g.num_prompt]
             if not self._overlaps_masks:
                 samplers = [a for a in samplers if not is_checked_later(a)]
