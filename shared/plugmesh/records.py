@@ -812,7 +812,8 @@ class Loss(Protocol):
     """What a trainer minimises. Called once per part of a batch and per pass over it, with gradients.
 
     Attributes:
-        needs_proximal: Whether `proximal` is wanted, which costs a forward pass.
+        needs_proximal: Whether `proximal` is wanted, which costs a forward pass. A loss that wants `reference` has a true `needs_reference` besides; then a
+            worker computes it under the run's first weights.
     """
 
     needs_proximal: bool
