@@ -11,7 +11,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,7 @@ from plugmesh.client.rollout import RolloutClient
 from plugmesh.errors import ConfigError, InternalError, NotFound
 from plugmesh_rollout.alone import Alone
 from plugmesh_rollout.config import Settings as TableSettings
+from plugmesh_rollout.loop.cores import set_apart
 from plugmesh_rollout.loop.fleet import Fleet
 from plugmesh_rollout.loop.folder import RunFolder
 from plugmesh_rollout.loop.publish import check_mesh, published_of
@@ -90,9 +91,9 @@ async def prepared(settings: Settings, fleet: Fleet | None = None) -> AsyncItera
         run = Run(settings, plan, host, folder, client, name, fleet=fleet)
         await create_topic(client, name, settings, plan, with_reference=run.needs_reference)
         folder.topic.write_text(json.dumps({"topic": name, "address": address}))
+        await client.publish_version(name, step)
         if step and facts.get("topic") == name:
             await client.clear(name, json.loads(facts["indexes"]))  # trained already; the acknowledgement may have been lost
-        await client.publish_version(name, step)
         yield run, step
 
 
@@ -178,6 +179,11 @@ async def run_processes(settings: Settings, progress: Progress, *, stop: asyncio
     Raises:
         InternalError: A worker died too often.
     """
+    with set_apart(settings.trainer.threads) if settings.run.pin else contextlib.nullcontext(set[int]()) as cores:
+        return await _run_processes(settings, progress, stop, cores)
+
+
+async def _run_processes(settings: Settings, progress: Progress, stop: asyncio.Event | None, trainers_cores: set[int]) -> int:
     async with prepared(settings) as (run, step):
         progress.first_step = step
         address = json.loads(run.folder.topic.read_text())["address"]
@@ -186,7 +192,7 @@ async def run_processes(settings: Settings, progress: Progress, *, stop: asyncio
         teams += [["reference:0"]] if run.needs_reference else []
         feeder = asyncio.create_task(feed(run, step * settings.rollout.groups_per_step))
         supervised = [asyncio.create_task(_supervise(run, address, team, progress)) for team in teams]
-        trainer = asyncio.create_task(_supervise(run, address, ["train:0"], progress, until_done=True))
+        trainer = asyncio.create_task(_supervise(run, address, ["train:0"], progress, until_done=True, cores=trainers_cores))
         stopping = asyncio.create_task(stop.wait())
         tasks = {trainer, stopping, feeder, *supervised}
         try:
@@ -202,14 +208,17 @@ async def run_processes(settings: Settings, progress: Progress, *, stop: asyncio
         return _checkpoint(run.folder)[0]
 
 
-async def _supervise(run: Run, address: str, team: Sequence[str], progress: Progress, *, until_done: bool = False) -> None:
-    """Keeps a worker process alive until cancelled; with `until_done`, until it ends well."""
+async def _supervise(run: Run, address: str, team: Sequence[str], progress: Progress, *, until_done: bool = False, cores: Set[int] = frozenset()) -> None:
+    """Keeps a worker process alive until cancelled; with `until_done`, until it ends well. `cores` are those that it may use, where there are any."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     for attempt in range(MAX_RESTARTS + 1):
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "plugmesh_rollout.loop.workers", str(run.folder.root), address, *team, env=environment
         )
         progress.processes[team[0]] = process.pid
+        if cores:
+            with contextlib.suppress(ProcessLookupError):
+                os.sched_setaffinity(process.pid, cores)  # before it has other threads, which will inherit it
         try:
             code = await process.wait()
         except asyncio.CancelledError:

@@ -25,6 +25,7 @@ class RunPart(StrictModel):
     eval_examples: int = pydantic.Field(200, ge=1)
     checkpoint_every: int = pydantic.Field(1, ge=1)         # steps
     plugins: tuple[str, ...] = ()                           # slugs
+    pin: bool = False                                       # the trainer's process has cores of its own, as many as it has threads; Linux
     table: str = ""                                         # address of a table that runs already; "": one in the run's own process
     durability: Literal["commit", "batch", "none"] = "batch"  # of the run's own table
 
