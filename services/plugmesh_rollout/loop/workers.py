@@ -360,8 +360,8 @@ async def train(run: Run, number: int = 0, on_step: Callable[[StepFacts], None] 
     s, folder, plan, figures = run.settings, run.folder, run.plan, run.figures("trainer-0")
     trainer, facts_before = await asyncio.to_thread(_trainer, run)
     if facts_before.get("topic") == run.topic:  # of a trainer that ended before it could tell the table
+        await run.client.publish_version(run.topic, trainer.step_number)  # first: room that the old version gives would be too much
         await run.client.clear(run.topic, json.loads(facts_before["indexes"]))
-        await run.client.publish_version(run.topic, trainer.step_number)
     reward: Reward = run.record("rewards", s.reward.name).build(s.reward.options)
     policy: Policy | None = None
     started = time.monotonic()
