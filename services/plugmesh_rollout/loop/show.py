@@ -43,36 +43,88 @@ async def _run(settings: Settings, console: Console, plain: bool) -> int:
         loop.add_signal_handler(number, stop.set)
     console.print(f"{settings.task.name}: {settings.run.steps} steps of {settings.batch_rows} rows, workflow {settings.workflow.name} in {settings.run.folder}", soft_wrap=True)
     running = asyncio.create_task(run_processes(settings, progress, stop=stop))
-    folder = RunFolder(settings.run.folder)
+    tail = Tail(RunFolder(settings.run.folder))
     told = 0
     started = time.monotonic()
-    with contextlib.nullcontext() if plain else Live(console=console, refresh_per_second=4) as live:
+    with contextlib.nullcontext() if plain else Live(console=console, auto_refresh=False) as live:
         while not running.done():
             await asyncio.wait([running], timeout=_LOOK_S)
-            figures = folder.read_figures()
+            figures = tail.read()
             if live is not None:
-                live.update(_table(figures, progress, time.monotonic() - started))
+                live.update(_table(figures, progress, time.monotonic() - started, stop.is_set()), refresh=True)
                 continue
             for line in [x for x in curves.by_step(figures.get("trainer-0", [])) if x["step"] > max(told, progress.first_step)]:
                 told = line["step"]
-                accuracy = f" accuracy {line['accuracy']:.3f}" if "accuracy" in line else ""
-                console.print(f"step {told} reward {line['reward']:.3f} loss {line['loss']:.4f} behind {json.dumps(line['lags'])}{accuracy}", soft_wrap=True, highlight=False)
+                held_out = f" held-out {line['held_out_reward']:.3f} accuracy {line['accuracy']:.3f}" if "accuracy" in line else ""
+                console.print(f"step {told} reward {line['reward']:.3f} loss {line['loss']:.4f} behind {json.dumps(line['lags'])}{held_out}", soft_wrap=True, highlight=False)
     return running.result()
 
 
-def _table(figures: curves.Figures, progress: Progress, seconds: float) -> Table:
+class Tail:
+    """A run's figures as they grow: each look reads what came since the last one, not a whole run's lines twice a second."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._folder = folder
+        self._read: dict[pathlib.Path, int] = {}
+        self._lines: dict[str, list[dict[str, Any]]] = {}
+
+    def read(self) -> dict[str, list[dict[str, Any]]]:
+        """Lines by worker, as `RunFolder.read_figures`; the same lists every time."""
+        for path in sorted(self._folder.figures.glob("*.jsonl")):
+            with path.open("rb") as f:
+                f.seek(self._read.get(path, 0))
+                whole = f.read().rpartition(b"\n")[0]
+            lines = self._lines.setdefault(path.stem, [])
+            if whole:
+                self._read[path] = self._read.get(path, 0) + len(whole) + 1
+                for line in whole.split(b"\n"):
+                    with contextlib.suppress(ValueError):  # one that a killed worker did not finish
+                        lines.append(json.loads(line))
+        return self._lines
+
+
+_BAR = 30
+
+
+def _table(figures: curves.Figures, progress: Progress, seconds: float, is_stopping: bool = False) -> Table:
     s = curves.summary(figures)
-    table = Table(show_header=False, box=None)
-    table.add_row("step", f"{s['last_step']} of {progress.steps}   {seconds:.0f} s" + (f"   {progress.num_restarts} restarts" if progress.num_restarts else ""))
-    table.add_row("reward (10 steps)", _text(s["reward"]))
-    table.add_row("held-out accuracy", _text(s["accuracy"]))
-    table.add_row("trained tokens/s", _text(s["trained_tokens_per_s"], 0))
-    total = sum(s["lags"].values()) or 1
+    trainer = figures.get("trainer-0", ())
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(min_width=20, no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_row("step", f"{s['last_step']} of {progress.steps}   {seconds:.0f} s   {_doing(figures, progress, is_stopping)}".rstrip())
+    if progress.num_restarts:
+        table.add_row("restarts", str(progress.num_restarts))
+    steps = curves.by_step(trainer)
+    if steps:
+        table.add_row("reward", f"{_text(s['reward'])}   (mean of {min(10, len(steps))} steps; the last one {_text(steps[-1]['reward'])})")
+    measured = [line["before"] for line in trainer if "before" in line][:1] + [line for line in steps if "accuracy" in line]
+    if measured:
+        for name, key in (("held-out reward", "held_out_reward"), ("held-out accuracy", "accuracy")):
+            first = f"   (at first {_text(measured[0][key])})" if len(measured) > 1 else ""
+            table.add_row(name, _text(measured[-1][key]) + first)
+    generated = sum(lines[-1].get("tokens", 0) for worker, lines in figures.items() if worker.startswith("rollout-") and lines)
+    table.add_row("tokens", f"{generated} generated" + (f"   {s['trained_tokens_per_s']:.0f} trained/s" if s["trained_tokens_per_s"] else ""))
+    total = sum(s["lags"].values())
     for lag, count in s["lags"].items():
-        table.add_row(f"{lag} behind", f"{'█' * round(30 * count / total)} {count / total:.0%}")
+        table.add_row(f"{lag} behind", _bar(count / total))
     for worker, share in s["idle"].items():
-        table.add_row(f"{worker} idle", "" if share is None else f"{'█' * round(30 * share)} {share:.0%}")
+        if share is not None:
+            table.add_row(f"{worker} idle", _bar(share))
     return table
+
+
+def _doing(figures: curves.Figures, progress: Progress, is_stopping: bool) -> str:
+    """What there is to wait for, while nothing else tells."""
+    if is_stopping:
+        return "stopping"
+    if not progress.processes:
+        return "making the first weights"
+    return "" if figures.get("trainer-0") else "workers are starting"
+
+
+def _bar(share: float) -> str:
+    return f"{'█' * round(_BAR * share):<{_BAR}} {share:4.0%}"
 
 
 def _text(value: float | None, digits: int = 3) -> str:
