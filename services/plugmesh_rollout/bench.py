@@ -18,6 +18,7 @@ import pathlib
 import platform
 import secrets
 import selectors
+import signal
 import socket
 import statistics
 import subprocess
@@ -25,7 +26,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -41,7 +42,8 @@ ENV |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}  # of
 
 
 def start(python: str, *arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen([python, *arguments], env=ENV, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, bufsize=1)
+    env = ENV if python == sys.executable else {k: v for k, v in ENV.items() if k != "PYTHONPATH"}  # another Python has packages of its own
+    return subprocess.Popen([python, *arguments], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, bufsize=1)
 
 
 def end(process: subprocess.Popen[Any]) -> None:
@@ -53,9 +55,9 @@ def end(process: subprocess.Popen[Any]) -> None:
                 stream.close()
 
 
-def run(python: str, system: str, address: str, topic: str, size: int, num_rows: int, batch: int, limit_s: float) -> dict[str, Any]:
+def run(python: str, system: str, address: str, topic: str, size: int, num_rows: int, batch: int, limit_s: float, client: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """One run; raises RuntimeError when rows are missing or doubled, or it takes too long."""
-    base = {"address": address, "topic": topic, "size": size, "batch": batch}
+    base = {"address": address, "topic": topic, "size": size, "batch": batch, "client": dict(client or {})}
     each = num_rows // PRODUCERS
     jobs: list[tuple[str, dict[str, Any]]] = [("produce", {**base, "first": k * each, "end": (k + 1) * each}) for k in range(PRODUCERS)]
     jobs += [("consume", {**base, "task": task}) for task in TASKS for _ in range(CONSUMERS)]
@@ -63,9 +65,9 @@ def run(python: str, system: str, address: str, topic: str, size: int, num_rows:
     try:
         for kind, arguments in jobs:
             workers.append((arguments.get("task", ""), start(python, str(WORKER), system, kind, json.dumps(arguments))))
+        deadline = time.monotonic() + limit_s
         for _, process in workers:
-            assert process.stdout is not None
-            if process.stdout.readline().strip() != "ready":
+            if _first_line(process, deadline - time.monotonic()) != "ready":
                 raise RuntimeError(f"a worker of {system} did not start")
         with selectors.DefaultSelector() as ready:
             for task, process in workers:
@@ -80,6 +82,14 @@ def run(python: str, system: str, address: str, topic: str, size: int, num_rows:
     finally:
         for _, process in workers:
             end(process)
+
+
+def _first_line(process: subprocess.Popen[str], limit_s: float) -> str:
+    """What a process says first; "" when it ends or takes too long. It says no second line before it is answered."""
+    assert process.stdout is not None
+    with selectors.DefaultSelector() as ready:
+        ready.register(process.stdout, selectors.EVENT_READ)
+        return process.stdout.readline().strip() if ready.select(max(0.0, limit_s)) else ""
 
 
 def _collect(ready: selectors.BaseSelector, num_rows: int, began: float, limit_s: float) -> dict[str, Any]:
@@ -116,8 +126,7 @@ def table(durability: str) -> Iterator[str]:
     with tempfile.TemporaryDirectory() as folder:
         process = start(sys.executable, "-m", "plugmesh_rollout.alone", "--folder", folder, "--durability", durability, "--memory-bytes", str(4 << 30))
         try:
-            assert process.stdout is not None
-            address = process.stdout.readline().strip()
+            address = _first_line(process, 60.0)
             if not address:
                 raise RuntimeError("the table did not start")
             yield address
@@ -128,6 +137,11 @@ def table(durability: str) -> Iterator[str]:
 async def _create(address: str, topic: str) -> None:
     async with RolloutClient(address) as client:
         await client.create_topic(topic, {"payload": "uint8"}, TASKS, capacity_rows=1 << 16, capacity_bytes=1 << 30)
+
+
+async def _drop(address: str, topic: str) -> None:
+    async with RolloutClient(address) as client:
+        await client.drop_topic(topic)
 
 
 async def _empty_call_us(address: str) -> float:
@@ -168,14 +182,19 @@ def transferqueue(python: str) -> Iterator[str]:
     """A cluster with TransferQueue; gives its address."""
     process = start(python, str(WORKER), "transferqueue", "head", "{}")
     try:
-        assert process.stdout is not None and process.stdin is not None
-        address = process.stdout.readline().strip()
+        assert process.stdin is not None
+        address = _first_line(process, 120.0)
         if not address:
             raise RuntimeError("TransferQueue did not start")
         yield address
         process.stdin.write("end\n")
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(30)
+    except BaseException:
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            process.terminate()  # Ray's own processes end with it, unlike when it is killed
+            process.wait(20)
+        raise
     finally:
         end(process)
 
@@ -185,10 +204,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=3, help="runs of each, one after another in turn; the median counts")
     parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES), help="bytes of a row")
     parser.add_argument("--durability", nargs="+", choices=("none", "batch", "commit"), default=["none", "batch", "commit"])
+    parser.add_argument("--without-shared", action="store_true", help="each durability also with values over gRPC")
     parser.add_argument("--peer-python", default="", help="a Python that has the package transferqueue")
     parser.add_argument("--limit-s", type=float, default=300.0, help="for one run")
     parser.add_argument("--json", type=pathlib.Path)
     given = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended
     console = Console(width=140)
 
     with table("none") as address:
@@ -196,7 +217,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bytes_s = _socket_bytes_s()
     console.print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs; an empty call {call_us:.0f} us, a socket {bytes_s / 1e9:.1f} GB/s")
     results: list[dict[str, Any]] = []
-    systems = [(f"plugmesh, {d}", d) for d in given.durability] + ([("transferqueue", "")] if given.peer_python else [])
+    systems: list[tuple[str, str, dict[str, Any]]] = [(f"plugmesh, {d}", d, {}) for d in given.durability]
+    systems += [(f"plugmesh, {d}, no shared memory", d, {"shared_bytes": 0}) for d in given.durability if given.without_shared]
+    systems += [("transferqueue", "", {})] if given.peer_python else []
     with contextlib.ExitStack() as stack:
         cluster = stack.enter_context(transferqueue(given.peer_python)) if given.peer_python else ""
         tables = {d: stack.enter_context(table(d)) for d in given.durability}
@@ -204,13 +227,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             num_rows, batch = SIZES.get(size, (max(64, min(8192, (128 << 20) // size)) // 64 * 64, 16))
             calls = (1 + 2 * len(TASKS)) / batch
             floor = 1 / max(calls * call_us / 1e6, (1 + len(TASKS)) * size / bytes_s)
-            found: dict[str, list[dict[str, Any]]] = {name: [] for name, _ in systems}
+            found: dict[str, list[dict[str, Any]]] = {name: [] for name, _, _ in systems}
             for i in range(given.rounds):
-                for name, durability in systems:
-                    topic = f"{size}-{i}"
+                for k, (name, durability, client) in enumerate(systems):
+                    topic = f"{size}-{i}-{k}"
                     if durability:
                         asyncio.run(_create(tables[durability], topic))
-                        result = run(sys.executable, "plugmesh", tables[durability], topic, size, num_rows, batch, given.limit_s)
+                        result = run(sys.executable, "plugmesh", tables[durability], topic, size, num_rows, batch, given.limit_s, client)
+                        asyncio.run(_drop(tables[durability], topic))
                     else:
                         result = run(given.peer_python, "transferqueue", cluster, topic, size, num_rows, batch, given.limit_s)
                     found[name].append(result)

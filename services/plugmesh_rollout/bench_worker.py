@@ -49,7 +49,7 @@ def wait_for_go() -> None:
 async def plugmesh(kind: str, a: dict[str, Any]) -> None:
     from plugmesh.client.rollout import RolloutClient, Row
 
-    async with RolloutClient(a["address"]) as client:
+    async with RolloutClient(a["address"], **a.get("client", {})) as client:
         await client.statuses()
         wait_for_go()
         if kind == "produce":
@@ -104,7 +104,8 @@ def transferqueue_head(a: dict[str, Any]) -> None:
     import transfer_queue  # type: ignore[import-not-found]
     from omegaconf import OmegaConf  # type: ignore[import-not-found]
 
-    context = ray.init(num_cpus=8, _node_ip_address="127.0.0.1", log_to_driver=False, logging_level="ERROR", include_dashboard=False, object_store_memory=256 << 20)
+    # Loopback, and not 127.0.0.1, which Ray takes for "whatever others reach this machine by".
+    context = ray.init(num_cpus=8, _node_ip_address="127.0.0.2", log_to_driver=False, logging_level="ERROR", include_dashboard=False, object_store_memory=256 << 20)
     transfer_queue.init(OmegaConf.create({"controller": {"polling_mode": True}, "backend": {"SimpleStorage": {"num_data_storage_units": 2}}}))
     print(context.address_info["gcs_address"], flush=True)
     sys.stdin.readline()

@@ -22,6 +22,7 @@ class Settings(ServiceSettings):
     segment_bytes: int = pydantic.Field(64 * MIB, ge=1 << 16, le=1 << 40)  # of the files that hold values
     memory_bytes: int = pydantic.Field(2048 * MIB, ge=1 << 16, le=1 << 44)  # sum of all topics' capacity_bytes at most
     waiting_bytes: int = pydantic.Field(64 * MIB, ge=1 << 16, le=1 << 40)   # of calls that wait for room
+    shared_bytes: int = pydantic.Field(256 * MIB, ge=0, le=1 << 40)         # of memory that callers on the same host move values through; 0: none
     max_topics: int = pydantic.Field(256, ge=1, le=65536)
     max_waiting: int = pydantic.Field(1024, ge=1, le=65536)                 # calls that wait, per topic and kind
     max_wait_s: float = pydantic.Field(60.0, gt=0, le=3600)                 # longest wait_s of a call; clients ask again

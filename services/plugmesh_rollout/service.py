@@ -10,13 +10,14 @@ from typing import Any
 
 import structlog
 
-from plugmesh.errors import InvalidRequest, NotFound, PlugmeshError, Unavailable
+from plugmesh.errors import InvalidRequest, LimitExceeded, NotFound, PlugmeshError, Unavailable
 from plugmesh.mesh.api import Binding, ServiceContext
 from plugmesh.records import RowView, SampleContext, Sampler, SamplerRecord
 from plugmesh_proto.v1 import rollout_pb2 as pb
 from plugmesh_proto.v1 import rollout_pb2_grpc
 from plugmesh_rollout.config import Settings
 from plugmesh_rollout.measure import Gauges
+from plugmesh_rollout.shared import Area, Areas, Window
 from plugmesh_rollout.table.controller import TopicStatus
 from plugmesh_rollout.table.ledger import Ledger
 from plugmesh_rollout.table.samplers import CoreSamplers
@@ -31,16 +32,26 @@ WATCH_EVERY_S = 0.02
 _INLINE_BYTES = 2 << 20    # of a batch, in the answer itself; a message may have 8 MiB
 _PIECE_BYTES = 1 << 20
 _STREAM_BYTES = 256 << 20  # of one put in pieces
+_ROW_BYTES = 7 << 20       # as a message of its own would hold
 _MAX_ROWS = 65536          # of one call
 
 
 class RolloutServicer(rollout_pb2_grpc.RolloutServicer):
     """One method per RPC; see rollout.proto for what each promises."""
 
-    def __init__(self, table: Table, settings: Settings) -> None:
+    def __init__(self, table: Table, settings: Settings, areas: Areas) -> None:
         self._table = table
+        self._areas = areas
         self._settings = settings
-        self.closed = False
+        self._ended = asyncio.Event()
+
+    @property
+    def closed(self) -> bool:
+        return self._ended.is_set()
+
+    def close(self) -> None:
+        """Calls that go on by themselves end; new ones are refused."""
+        self._ended.set()
 
     async def CreateTopic(self, request: pb.TopicSpec, context: Any) -> pb.CreateTopicReply:
         self._check_open()
@@ -52,7 +63,7 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServicer):
 
     async def Put(self, request: pb.PutRequest, context: Any) -> pb.PutReply:
         self._check_call(len(request.rows))
-        return await self._put(request, _new_rows(request.fields, request.rows))
+        return await self._put(request, _new_rows(request.fields, request.rows, self._area(request)))
 
     async def PutStream(self, request_iterator: AsyncIterator[pb.PutRequest], context: Any) -> pb.PutReply:
         rows: list[NewRow] = []
@@ -66,7 +77,7 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServicer):
 
     async def PutFields(self, request: pb.PutFieldsRequest, context: Any) -> pb.PutFieldsReply:
         self._check_call(len(request.rows))
-        return await self._put_fields(request, *_changes(request.fields, request.rows))
+        return await self._put_fields(request, *_changes(request.fields, request.rows, self._area(request)))
 
     async def PutFieldsStream(self, request_iterator: AsyncIterator[pb.PutFieldsRequest], context: Any) -> pb.PutFieldsReply:
         indexes: list[int] = []
@@ -114,7 +125,11 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServicer):
         lease = await self._table.get(request.topic, ask, wait_s=self._wait(request.wait_s), partial=request.partial)
         reply = pb.GetReply(latest_version=opened.topic.latest_version)
         if lease is not None:
-            num = _fill(reply, opened, lease, lease.rows, _INLINE_BYTES)
+            area = self._area(request)  # not before: it may have gone while this call waited, and its file with it
+            num = (
+                _fill(reply, opened, lease, lease.rows, _INLINE_BYTES) if area is None
+                else _fill_window(reply, opened, lease, area.window(request.area_offset, request.area_bytes))
+            )  # fmt: skip
             reply.num_more = len(lease.rows) - num
         return reply
 
@@ -127,6 +142,22 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServicer):
             left = left[_fill(reply, opened, lease, left, _PIECE_BYTES) :]
             reply.num_more = len(left)
             yield reply
+
+    async def Share(self, request: pb.ShareRequest, context: Any) -> AsyncIterator[pb.ShareReply]:
+        self._check_open()
+        opened = self._areas.open(request.boot_id, request.num_bytes)
+        if opened is None:
+            yield pb.ShareReply()
+            return
+        name, area = opened
+        try:
+            yield pb.ShareReply(area=name, path=str(area.path), num_bytes=area.num_bytes, nonce=area.nonce)
+            await self._ended.wait()  # or until the caller ends the call, or its death does
+        finally:
+            self._areas.drop(name)
+
+    def _area(self, request: Any) -> Area | None:
+        return self._areas.find(request.area) if request.area else None
 
     async def Ack(self, request: pb.AckRequest, context: Any) -> pb.AckReply:
         self._check_call(len(request.indexes))
@@ -202,6 +233,7 @@ class RolloutService:
         self._servicer: RolloutServicer | None = None
         self._changed: dict[str, OpenTopic] = {}
         self._wake = asyncio.Event()
+        self._areas = Areas(self._settings.shared_bytes)
         self.table: Table | None = None
 
     async def start(self) -> None:
@@ -222,7 +254,7 @@ class RolloutService:
         self.table.restore(saved)
         if self._ledger is not None:
             self._ledger.start()
-        self._servicer = RolloutServicer(self.table, s)
+        self._servicer = RolloutServicer(self.table, s, self._areas)
         gauges = Gauges(self._context.metrics, self.table, self._ledger)
         self._tasks = [
             asyncio.create_task(_forever(lambda: self._sweep(gauges), s.sweep_s), name="rollout.sweep"),
@@ -234,7 +266,7 @@ class RolloutService:
         return [
             Binding(
                 rollout_pb2_grpc.add_RolloutServicer_to_server, self._servicer, FULL_NAME,
-                grpc_only=frozenset({"Put", "PutStream", "PutFields", "PutFieldsStream", "Get", "Read"}),
+                grpc_only=frozenset({"Put", "PutStream", "PutFields", "PutFieldsStream", "Get", "Read", "Share"}),
             )
         ]  # fmt: skip
 
@@ -244,10 +276,11 @@ class RolloutService:
     async def stop(self) -> None:
         """What was answered is in the ledger; who waits gets Unavailable. Safe after a failed start."""
         if self._servicer is not None:
-            self._servicer.closed = True
+            self._servicer.close()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._areas.close()
         if self._ledger is not None:
             await asyncio.to_thread(self._ledger.close)
 
@@ -324,20 +357,34 @@ def _optional(message: Any, name: str) -> int | None:
     return int(getattr(message, name)) if message.HasField(name) else None
 
 
-def _new_rows(fields: Sequence[str], rows: Iterable[pb.TableRow]) -> list[NewRow]:
+def _new_rows(fields: Sequence[str], rows: Iterable[pb.TableRow], area: Area | None = None) -> list[NewRow]:
     names = list(fields)
-    return [NewRow(r.id, _cells(names, r), _optional(r, "version"), r.group) for r in rows]
+    return [NewRow(r.id, _cells(names, r, area), _optional(r, "version"), r.group) for r in rows]
 
 
-def _changes(fields: Sequence[str], rows: Sequence[pb.TableRow]) -> tuple[list[int], list[Mapping[str, bytes]], list[int | None]]:
+def _changes(fields: Sequence[str], rows: Sequence[pb.TableRow], area: Area | None = None) -> tuple[list[int], list[Mapping[str, bytes]], list[int | None]]:
     names = list(fields)
-    return [r.index for r in rows], [_cells(names, r) for r in rows], [_optional(r, "version") for r in rows]
+    return [r.index for r in rows], [_cells(names, r, area) for r in rows], [_optional(r, "version") for r in rows]
 
 
-def _cells(names: list[str], row: pb.TableRow) -> dict[str, bytes]:
-    if len(row.cells) > len(names):
-        raise InvalidRequest(f"a row has {len(row.cells)} cells for {len(names)} fields", param="rows")
-    return {name: cell for name, cell in zip(names, row.cells, strict=False) if cell}
+def _cells(names: list[str], row: pb.TableRow, area: Area | None) -> dict[str, bytes]:
+    cells = row.cells if area is None else area.cells(row.spans)
+    if len(cells) > len(names):
+        raise InvalidRequest(f"a row has {len(cells)} cells for {len(names)} fields", param="rows")
+    if area is not None and sum(map(len, cells)) > _ROW_BYTES:
+        raise LimitExceeded(f"a row of {sum(map(len, cells))} bytes; it has at most {_ROW_BYTES}", param="rows")
+    return {name: cell for name, cell in zip(names, cells, strict=False) if cell}
+
+
+def _fill_window(reply: pb.GetReply, opened: OpenTopic, lease: Lease, window: Window) -> int:
+    """As `_fill`, with values in the caller's shared memory."""
+    for num, index in enumerate(lease.rows):
+        spans = window.write(opened.topic.storage.read(index, lease.fields))
+        if spans is None:
+            return num
+        row = opened.topic.rows[index]
+        reply.rows.add(id=row.id, group=row.group, version=row.version, spans=spans, index=index)
+    return len(lease.rows)
 
 
 def _fill(reply: pb.GetReply, opened: OpenTopic, lease: Lease, rows: Sequence[int], max_bytes: int) -> int:

@@ -1,8 +1,9 @@
 """A producer or consumer that may be killed at any time; run as a process by test_conservation.
 
-    conservation_worker.py produce ADDRESS NUMBER FIRST END
-    conservation_worker.py consume ADDRESS TASK LOGFILE
+    conservation_worker.py produce ADDRESS NUMBER FIRST END PACE
+    conservation_worker.py consume ADDRESS TASK LOGFILE PACE
 
+PACE is how many seconds it works on a batch.
 A consumer writes a line before it acknowledges ("try LEASE ID ID ...") and one after ("ack LEASE"); "bad ..." when a value is not what its id says.
 """
 
@@ -32,7 +33,7 @@ def score_of(id: str) -> float:
     return zlib.crc32(id.encode()) / 7.0
 
 
-async def produce(client: RolloutClient, number: str, first: int, end: int) -> None:
+async def produce(client: RolloutClient, number: str, first: int, end: int, pace: float) -> None:
     """From the beginning, whatever an earlier life of this producer has put."""
     i = first
     while i < end:
@@ -40,9 +41,10 @@ async def produce(client: RolloutClient, number: str, first: int, end: int) -> N
         ids = [f"p{number}-{j}" for j in range(i, i + num)]
         await client.put("t", [Row(id, {"payload": payload_of(id)}, group=number) for id in ids], wait_s=60)
         i += num
+        await asyncio.sleep(pace)
 
 
-async def consume(client: RolloutClient, task: str, path: str) -> None:
+async def consume(client: RolloutClient, task: str, path: str, pace: float) -> None:
     with open(path, "ab", buffering=0) as out:
         while True:
             batch = await client.get("t", task, NEEDS[task], random.randint(1, 16), min_rows=1, lease_s=1.0, wait_s=5.0)
@@ -53,6 +55,7 @@ async def consume(client: RolloutClient, task: str, path: str) -> None:
                 good = good and ("score" not in row.fields or row.fields["score"] == score_of(row.id))
                 if not good or set(row.fields) != set(NEEDS[task]):
                     out.write(f"bad {row.id}\n".encode())
+            await asyncio.sleep(pace)
             if random.random() < 0.02:
                 await asyncio.sleep(1.2)  # too slow: the lease ends
             out.write(f"try {batch.lease_id} {' '.join(r.id for r in batch.rows)}\n".encode())
@@ -68,9 +71,9 @@ async def main() -> None:
     random.seed(os.getpid())
     async with RolloutClient(address, retry_s=60.0) as client:
         if kind == "produce":
-            await produce(client, rest[0], int(rest[1]), int(rest[2]))
+            await produce(client, rest[0], int(rest[1]), int(rest[2]), float(rest[3]))
         else:
-            await consume(client, *rest)
+            await consume(client, rest[0], rest[1], float(rest[2]))
 
 
 if __name__ == "__main__":

@@ -24,8 +24,9 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
+from plugmesh.client.rollout_shared import SharedArea
 from plugmesh.client.rollout_values import Value, decode, encode
-from plugmesh.errors import DeadlineExceeded, InvalidRequest, LimitExceeded, PlugmeshError, Unavailable
+from plugmesh.errors import DeadlineExceeded, InternalError, InvalidRequest, LimitExceeded, PlugmeshError, Unavailable
 from plugmesh.wire import error_from_rpc
 from plugmesh_proto.v1 import rollout_pb2 as pb
 from plugmesh_proto.v1 import rollout_pb2_grpc
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
 
 MAX_ROW_BYTES = 7 << 20   # a message has at most 8 MiB
 _MESSAGE_BYTES = 2 << 20  # what is more goes in pieces of this size
+_SHARE_FROM = 32 << 10    # what is less in one call goes with it
+_FIRST_GUESS = 2 << 20    # of what a batch takes, until one has come
+_DECLINED_S = 30.0        # before the table is asked for shared memory again
 _GRACE_S = 30.0           # beyond wait_s, for a call to be answered
 _OPTIONS = (
     ("grpc.max_receive_message_length", 8 << 20), ("grpc.max_send_message_length", 8 << 20),
@@ -121,10 +125,11 @@ class RolloutClient:
 
     Args:
         address: "host:port" of the service's gRPC address; or a function that gives a channel, asked again after a failure (see `of_mesh`).
+        shared_bytes: Memory to share with a table on the same host, through which values then move; 0 has them go with the calls, as they do where it declines.
         retry_s: How long to repeat a call while nobody answers (Unavailable, DeadlineExceeded), before raising that.
     """
 
-    def __init__(self, address: str | Callable[[], grpc.aio.Channel], *, retry_s: float = 30.0) -> None:
+    def __init__(self, address: str | Callable[[], grpc.aio.Channel], *, retry_s: float = 30.0, shared_bytes: int = 16 << 20) -> None:
         self._own: grpc.aio.Channel | None = None
         if isinstance(address, str):
             channel = self._own = grpc.aio.insecure_channel(address, options=_OPTIONS)
@@ -135,9 +140,14 @@ class RolloutClient:
         self._retry_s = retry_s
         self._name = secrets.token_hex(6)
         self._numbers = itertools.count()
+        self._shared_bytes = shared_bytes
+        self._area: SharedArea | None = None
+        self._asking: asyncio.Task[None] | None = None
+        self._declined_until = 0.0
+        self._batch_bytes: dict[tuple[str, str], int] = {}  # of the largest batch of late, by topic and task
 
     @classmethod
-    def of_mesh(cls, mesh: Mesh, *, retry_s: float = 30.0) -> RolloutClient:
+    def of_mesh(cls, mesh: Mesh, *, retry_s: float = 30.0, shared_bytes: int = 16 << 20) -> RolloutClient:
         """For a member of the mesh: finds the service, also after it was started anew somewhere else."""
 
         def channel() -> grpc.aio.Channel:
@@ -146,7 +156,7 @@ class RolloutClient:
                 raise Unavailable("no rollout service is running in this mesh", retry_after_s=1.0)
             return mesh.direct_channel(found[0])
 
-        return cls(channel, retry_s=retry_s)
+        return cls(channel, retry_s=retry_s, shared_bytes=shared_bytes)
 
     # -- topics ---------------------------------------------------------------------------------------------------------
 
@@ -224,16 +234,14 @@ class RolloutClient:
             Overloaded: No room within `wait_s`.
         """
         names = list(dict.fromkeys(name for row in rows for name in row.fields))
-        made = [
-            pb.TableRow(id=row.id, group=row.group, version=row.version, cells=[encode(row.fields[n]) if n in row.fields else b"" for n in names])
-            for row in rows
-        ]  # fmt: skip
+        made = [pb.TableRow(id=row.id, group=row.group, version=row.version) for row in rows]
+        cells = [[encode(row.fields[n]) if n in row.fields else b"" for n in names] for row in rows]
         deadline = time.monotonic() + wait_s
         while True:
             left = max(0.0, min(deadline - time.monotonic(), _LONGEST_WAIT_S))
             head = {"topic": topic, "fields": names, "keep_existing": keep_existing, "wait_s": left}
             try:
-                reply = await self._send("Put", pb.PutRequest, head, made, left)
+                reply = await self._send("Put", pb.PutRequest, head, made, cells, left)
                 return list(reply.indexes)
             except PlugmeshError as e:
                 if e.code != "overloaded" or time.monotonic() + 0.05 > deadline:
@@ -262,11 +270,9 @@ class RolloutClient:
     ) -> int:  # fmt: skip
         if any(len(column) != len(indexes) for column in columns.values()) or (versions is not None and len(versions) != len(indexes)):
             raise InvalidRequest("every column has one value for each index", param="columns")
-        made = [
-            pb.TableRow(index=index, version=version if versions is None else versions[i], cells=[encode(column[i]) for column in columns.values()])
-            for i, index in enumerate(indexes)
-        ]
-        reply = await self._send("PutFields", pb.PutFieldsRequest, {**head, "fields": list(columns)}, made, min(wait_s, _LONGEST_WAIT_S))
+        made = [pb.TableRow(index=index, version=version if versions is None else versions[i]) for i, index in enumerate(indexes)]
+        cells = [[encode(column[i]) for column in columns.values()] for i in range(len(indexes))]
+        reply = await self._send("PutFields", pb.PutFieldsRequest, {**head, "fields": list(columns)}, made, cells, min(wait_s, _LONGEST_WAIT_S))
         return int(reply.num_changed)
 
     async def get(
@@ -294,14 +300,14 @@ class RolloutClient:
         while True:  # a table has a longest wait of its own
             request.wait_s = max(0.0, min(deadline - time.monotonic(), _LONGEST_WAIT_S))
             request.partial = partial and request.wait_s < _LONGEST_WAIT_S
-            reply = await self._call("Get", request, request.wait_s)
-            if reply.rows or time.monotonic() >= deadline:
+            reply, found = await self._get(request)
+            if reply.rows or reply.num_more or time.monotonic() >= deadline:  # of a large row, the place for it may have been too small
                 break
-        rows = [_row(r, fields) for r in reply.rows]
+        rows = [_row(r, cells, fields) for r, cells in zip(reply.rows, found, strict=True)]
         if reply.num_more:
             try:
                 async for piece in self._stubs().Read(pb.ReadRequest(topic=topic, lease_id=lease_id, skip=len(rows)), timeout=_GRACE_S):
-                    rows += [_row(r, fields) for r in piece.rows]
+                    rows += [_row(r, r.cells, fields) for r in piece.rows]
             except grpc.RpcError as e:
                 raise error_from_rpc(e) from None  # the lease ends by itself
         return Batch(topic, task, lease_id, lease_s, tuple(rows), _optional(reply, "latest_version"))
@@ -355,6 +361,10 @@ class RolloutClient:
         return int(reply.num_cleared)
 
     async def close(self) -> None:
+        if self._asking is not None:
+            self._asking.cancel()
+            await asyncio.gather(self._asking, return_exceptions=True)
+        self._leave_area()
         if self._own is not None:
             await self._own.close()
 
@@ -375,11 +385,26 @@ class RolloutClient:
         """A call that may be repeated, as all of these may."""
         return await self._repeat(lambda: getattr(self._stubs(), method)(request, timeout=wait_s + _GRACE_S))
 
-    async def _send(self, method: str, kind: Any, head: Mapping[str, Any], rows: Sequence[pb.TableRow], wait_s: float) -> Any:
-        """One message, or a stream of pieces when it would be large."""
+    async def _send(
+        self, method: str, kind: Any, head: Mapping[str, Any], rows: Sequence[pb.TableRow], cells: Sequence[Sequence[bytes]], wait_s: float
+    ) -> Any:  # fmt: skip
+        """Values through shared memory where there is some; else one message, or a stream of pieces when it would be large."""
+        value_bytes = [sum(map(len, c)) for c in cells]
+        if value_bytes and max(value_bytes) > MAX_ROW_BYTES:
+            raise LimitExceeded(f"a row of {max(value_bytes)} bytes; one call carries at most {MAX_ROW_BYTES} per row", param="rows")
+        part = self._part(sum(value_bytes))
+        if part is not None:
+            area, (at, _) = part
+            for row, values, num_bytes in zip(rows, cells, value_bytes, strict=True):
+                row.spans.extend(area.write(at, values))
+                at += num_bytes
+            answer = await self._through(part, lambda: getattr(self._stubs(), method)(kind(rows=rows, area=area.name, **head), timeout=wait_s + _GRACE_S))
+            if answer is not None:
+                return answer
+        for row, values in zip(rows, cells, strict=True):
+            del row.spans[:]
+            row.cells.extend(values)
         sizes = [row.ByteSize() for row in rows]
-        if sizes and max(sizes) > MAX_ROW_BYTES:
-            raise LimitExceeded(f"a row of {max(sizes)} bytes; one call carries at most {MAX_ROW_BYTES} per row", param="rows")
         if sum(sizes) <= _MESSAGE_BYTES:
             return await self._call(method, kind(rows=rows, **head), wait_s)
         pieces = list(_pieces(rows, sizes))
@@ -389,6 +414,83 @@ class RolloutClient:
             return getattr(self._stubs(), f"{method}Stream")(messages, timeout=wait_s + _GRACE_S)
 
         return await self._repeat(start)
+
+    async def _get(self, request: pb.GetRequest) -> tuple[pb.GetReply, list[Sequence[bytes]]]:
+        """The reply and each row's values."""
+        key = (request.topic, request.task)
+        part = self._part(self._batch_bytes.get(key, _FIRST_GUESS))
+        if part is not None:
+            area, (at, end) = part
+            request.area, request.area_offset, request.area_bytes = area.name, at, end - at
+
+            def read(reply: Any) -> tuple[Any, list[Sequence[bytes]]]:
+                found: list[Sequence[bytes]] = [area.read(r.spans) for r in reply.rows]
+                num_bytes = sum(len(c) for cells in found for c in cells)
+                if reply.num_more:
+                    self._batch_bytes[key] = max(2 * (end - at), num_bytes * (len(found) + reply.num_more) // max(1, len(found)) * 5 // 4)
+                elif found:
+                    self._batch_bytes[key] = max(_SHARE_FROM, num_bytes * 5 // 4, self._batch_bytes.get(key, 0) // 2)
+                return reply, found
+
+            answer: tuple[pb.GetReply, list[Sequence[bytes]]] | None = await self._through(
+                part, lambda: self._stubs().Get(request, timeout=request.wait_s + _GRACE_S), read
+            )
+            request.ClearField("area")
+            if answer is not None:
+                return answer
+        reply = await self._call("Get", request, request.wait_s)
+        found: list[Sequence[bytes]] = [list(r.cells) for r in reply.rows]
+        if reply.rows:
+            self._batch_bytes[key] = sum(len(c) for cells in found for c in cells) * 5 // 4
+        return reply, found
+
+    def _part(self, num_bytes: int) -> tuple[SharedArea, tuple[int, int]] | None:
+        """A free part of the shared memory; None where values go with the call."""
+        if num_bytes < _SHARE_FROM or num_bytes > self._shared_bytes:
+            return None
+        if self._area is not None and not self._area.is_open:
+            self._leave_area()
+        if self._area is None and self._asking is None and time.monotonic() >= self._declined_until:
+            self._asking = asyncio.create_task(self._ask(), name="rollout.share")  # this call does not wait for it
+        area = self._area
+        part = area.take(num_bytes) if area is not None else None
+        return (area, part) if area is not None and part is not None else None
+
+    async def _ask(self) -> None:
+        try:
+            self._area = await SharedArea.ask(self._stubs(), self._shared_bytes)
+            if self._area is None:
+                self._declined_until = time.monotonic() + _DECLINED_S
+        except Unavailable:
+            pass  # there is no table now
+        finally:
+            self._asking = None
+
+    async def _through(self, part: tuple[SharedArea, tuple[int, int]], start: Callable[[], Any], read: Callable[[Any], Any] = lambda reply: reply) -> Any:
+        """What `read` makes of the answer, while the part is still this call's; None when the call is to be made without shared memory."""
+        area, extent = part
+        try:
+            answer = read(await start())
+        except grpc.RpcError as e:
+            error = error_from_rpc(e)
+            if isinstance(error, Unavailable | DeadlineExceeded | InternalError) or error.param == "area":
+                self._leave_area(area)
+                return None
+            area.give(extent)
+            raise error from None
+        except BaseException:
+            self._leave_area(area)
+            raise
+        area.give(extent)
+        return answer
+
+    def _leave_area(self, area: SharedArea | None = None) -> None:
+        """Nothing of it is used again: the table may still be at work there."""
+        area = area or self._area
+        if area is not None:
+            area.close()
+        if area is self._area:
+            self._area = None
 
     async def _repeat(self, start: Callable[[], Any]) -> Any:
         waited, pause = 0.0, 0.05  # not by the clock: a machine that slept has not waited
@@ -423,8 +525,8 @@ def _pieces(rows: Sequence[pb.TableRow], sizes: Sequence[int]) -> Iterator[list[
         yield piece
 
 
-def _row(m: pb.TableRow, fields: Sequence[str]) -> Row:
-    return Row(m.id, {name: decode(cell) for name, cell in zip(fields, m.cells, strict=True)}, _optional(m, "version"), m.group, m.index)
+def _row(m: pb.TableRow, cells: Sequence[bytes], fields: Sequence[str]) -> Row:
+    return Row(m.id, {name: decode(cell) for name, cell in zip(fields, cells, strict=True)}, _optional(m, "version"), m.group, m.index)
 
 
 def _state(m: pb.TopicStatus) -> TopicState:

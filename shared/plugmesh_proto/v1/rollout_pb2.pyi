@@ -55,32 +55,56 @@ class DropTopicReply(_message.Message):
     def __init__(self, dropped: _Optional[bool] = ...) -> None: ...
 
 class TableRow(_message.Message):
-    __slots__ = ("id", "group", "version", "cells", "index")
+    __slots__ = ("id", "group", "version", "cells", "index", "spans")
     ID_FIELD_NUMBER: _ClassVar[int]
     GROUP_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     CELLS_FIELD_NUMBER: _ClassVar[int]
     INDEX_FIELD_NUMBER: _ClassVar[int]
+    SPANS_FIELD_NUMBER: _ClassVar[int]
     id: str
     group: str
     version: int
     cells: _containers.RepeatedScalarFieldContainer[bytes]
     index: int
-    def __init__(self, id: _Optional[str] = ..., group: _Optional[str] = ..., version: _Optional[int] = ..., cells: _Optional[_Iterable[bytes]] = ..., index: _Optional[int] = ...) -> None: ...
+    spans: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, id: _Optional[str] = ..., group: _Optional[str] = ..., version: _Optional[int] = ..., cells: _Optional[_Iterable[bytes]] = ..., index: _Optional[int] = ..., spans: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class ShareRequest(_message.Message):
+    __slots__ = ("boot_id", "num_bytes")
+    BOOT_ID_FIELD_NUMBER: _ClassVar[int]
+    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    boot_id: str
+    num_bytes: int
+    def __init__(self, boot_id: _Optional[str] = ..., num_bytes: _Optional[int] = ...) -> None: ...
+
+class ShareReply(_message.Message):
+    __slots__ = ("area", "path", "num_bytes", "nonce")
+    AREA_FIELD_NUMBER: _ClassVar[int]
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    NONCE_FIELD_NUMBER: _ClassVar[int]
+    area: str
+    path: str
+    num_bytes: int
+    nonce: bytes
+    def __init__(self, area: _Optional[str] = ..., path: _Optional[str] = ..., num_bytes: _Optional[int] = ..., nonce: _Optional[bytes] = ...) -> None: ...
 
 class PutRequest(_message.Message):
-    __slots__ = ("topic", "fields", "rows", "keep_existing", "wait_s")
+    __slots__ = ("topic", "fields", "rows", "keep_existing", "wait_s", "area")
     TOPIC_FIELD_NUMBER: _ClassVar[int]
     FIELDS_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
     KEEP_EXISTING_FIELD_NUMBER: _ClassVar[int]
     WAIT_S_FIELD_NUMBER: _ClassVar[int]
+    AREA_FIELD_NUMBER: _ClassVar[int]
     topic: str
     fields: _containers.RepeatedScalarFieldContainer[str]
     rows: _containers.RepeatedCompositeFieldContainer[TableRow]
     keep_existing: bool
     wait_s: float
-    def __init__(self, topic: _Optional[str] = ..., fields: _Optional[_Iterable[str]] = ..., rows: _Optional[_Iterable[_Union[TableRow, _Mapping]]] = ..., keep_existing: _Optional[bool] = ..., wait_s: _Optional[float] = ...) -> None: ...
+    area: str
+    def __init__(self, topic: _Optional[str] = ..., fields: _Optional[_Iterable[str]] = ..., rows: _Optional[_Iterable[_Union[TableRow, _Mapping]]] = ..., keep_existing: _Optional[bool] = ..., wait_s: _Optional[float] = ..., area: _Optional[str] = ...) -> None: ...
 
 class PutReply(_message.Message):
     __slots__ = ("indexes",)
@@ -89,20 +113,22 @@ class PutReply(_message.Message):
     def __init__(self, indexes: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class PutFieldsRequest(_message.Message):
-    __slots__ = ("topic", "fields", "rows", "lease_id", "task", "wait_s")
+    __slots__ = ("topic", "fields", "rows", "lease_id", "task", "wait_s", "area")
     TOPIC_FIELD_NUMBER: _ClassVar[int]
     FIELDS_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
     LEASE_ID_FIELD_NUMBER: _ClassVar[int]
     TASK_FIELD_NUMBER: _ClassVar[int]
     WAIT_S_FIELD_NUMBER: _ClassVar[int]
+    AREA_FIELD_NUMBER: _ClassVar[int]
     topic: str
     fields: _containers.RepeatedScalarFieldContainer[str]
     rows: _containers.RepeatedCompositeFieldContainer[TableRow]
     lease_id: str
     task: str
     wait_s: float
-    def __init__(self, topic: _Optional[str] = ..., fields: _Optional[_Iterable[str]] = ..., rows: _Optional[_Iterable[_Union[TableRow, _Mapping]]] = ..., lease_id: _Optional[str] = ..., task: _Optional[str] = ..., wait_s: _Optional[float] = ...) -> None: ...
+    area: str
+    def __init__(self, topic: _Optional[str] = ..., fields: _Optional[_Iterable[str]] = ..., rows: _Optional[_Iterable[_Union[TableRow, _Mapping]]] = ..., lease_id: _Optional[str] = ..., task: _Optional[str] = ..., wait_s: _Optional[float] = ..., area: _Optional[str] = ...) -> None: ...
 
 class PutFieldsReply(_message.Message):
     __slots__ = ("num_changed",)
@@ -111,7 +137,7 @@ class PutFieldsReply(_message.Message):
     def __init__(self, num_changed: _Optional[int] = ...) -> None: ...
 
 class GetRequest(_message.Message):
-    __slots__ = ("topic", "task", "fields", "batch_size", "min_rows", "partial", "sampler", "sampler_options", "latest_version", "any_version", "stamp_version", "lease_id", "lease_s", "wait_s", "rank", "num_ranks", "batch_index")
+    __slots__ = ("topic", "task", "fields", "batch_size", "min_rows", "partial", "sampler", "sampler_options", "latest_version", "any_version", "stamp_version", "lease_id", "lease_s", "wait_s", "rank", "num_ranks", "batch_index", "area", "area_offset", "area_bytes")
     TOPIC_FIELD_NUMBER: _ClassVar[int]
     TASK_FIELD_NUMBER: _ClassVar[int]
     FIELDS_FIELD_NUMBER: _ClassVar[int]
@@ -129,6 +155,9 @@ class GetRequest(_message.Message):
     RANK_FIELD_NUMBER: _ClassVar[int]
     NUM_RANKS_FIELD_NUMBER: _ClassVar[int]
     BATCH_INDEX_FIELD_NUMBER: _ClassVar[int]
+    AREA_FIELD_NUMBER: _ClassVar[int]
+    AREA_OFFSET_FIELD_NUMBER: _ClassVar[int]
+    AREA_BYTES_FIELD_NUMBER: _ClassVar[int]
     topic: str
     task: str
     fields: _containers.RepeatedScalarFieldContainer[str]
@@ -146,7 +175,10 @@ class GetRequest(_message.Message):
     rank: int
     num_ranks: int
     batch_index: int
-    def __init__(self, topic: _Optional[str] = ..., task: _Optional[str] = ..., fields: _Optional[_Iterable[str]] = ..., batch_size: _Optional[int] = ..., min_rows: _Optional[int] = ..., partial: _Optional[bool] = ..., sampler: _Optional[str] = ..., sampler_options: _Optional[str] = ..., latest_version: _Optional[int] = ..., any_version: _Optional[bool] = ..., stamp_version: _Optional[int] = ..., lease_id: _Optional[str] = ..., lease_s: _Optional[float] = ..., wait_s: _Optional[float] = ..., rank: _Optional[int] = ..., num_ranks: _Optional[int] = ..., batch_index: _Optional[int] = ...) -> None: ...
+    area: str
+    area_offset: int
+    area_bytes: int
+    def __init__(self, topic: _Optional[str] = ..., task: _Optional[str] = ..., fields: _Optional[_Iterable[str]] = ..., batch_size: _Optional[int] = ..., min_rows: _Optional[int] = ..., partial: _Optional[bool] = ..., sampler: _Optional[str] = ..., sampler_options: _Optional[str] = ..., latest_version: _Optional[int] = ..., any_version: _Optional[bool] = ..., stamp_version: _Optional[int] = ..., lease_id: _Optional[str] = ..., lease_s: _Optional[float] = ..., wait_s: _Optional[float] = ..., rank: _Optional[int] = ..., num_ranks: _Optional[int] = ..., batch_index: _Optional[int] = ..., area: _Optional[str] = ..., area_offset: _Optional[int] = ..., area_bytes: _Optional[int] = ...) -> None: ...
 
 class GetReply(_message.Message):
     __slots__ = ("rows", "num_more", "latest_version")

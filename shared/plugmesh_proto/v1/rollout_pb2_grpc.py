@@ -107,6 +107,11 @@ class RolloutStub:
                 request_serializer=plugmesh__proto_dot_v1_dot_rollout__pb2.TableStatusRequest.SerializeToString,
                 response_deserializer=plugmesh__proto_dot_v1_dot_rollout__pb2.TableStatus.FromString,
                 _registered_method=True)
+        self.Share = channel.unary_stream(
+                '/plugmesh_proto.v1.Rollout/Share',
+                request_serializer=plugmesh__proto_dot_v1_dot_rollout__pb2.ShareRequest.SerializeToString,
+                response_deserializer=plugmesh__proto_dot_v1_dot_rollout__pb2.ShareReply.FromString,
+                _registered_method=True)
         self.Watch = channel.unary_stream(
                 '/plugmesh_proto.v1.Rollout/Watch',
                 request_serializer=plugmesh__proto_dot_v1_dot_rollout__pb2.WatchRequest.SerializeToString,
@@ -215,6 +220,13 @@ class RolloutServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Share(self, request, context):
+        """Shared memory for the values of a caller on the same host, for as long as the call lasts: one reply, then silence. A reply without a path: there is none.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Watch(self, request, context):
         """One event when the call begins, then one after changes, at most one in 20 ms.
         """
@@ -301,6 +313,11 @@ def add_RolloutServicer_to_server(servicer, server):
                     servicer.Status,
                     request_deserializer=plugmesh__proto_dot_v1_dot_rollout__pb2.TableStatusRequest.FromString,
                     response_serializer=plugmesh__proto_dot_v1_dot_rollout__pb2.TableStatus.SerializeToString,
+            ),
+            'Share': grpc.unary_stream_rpc_method_handler(
+                    servicer.Share,
+                    request_deserializer=plugmesh__proto_dot_v1_dot_rollout__pb2.ShareRequest.FromString,
+                    response_serializer=plugmesh__proto_dot_v1_dot_rollout__pb2.ShareReply.SerializeToString,
             ),
             'Watch': grpc.unary_stream_rpc_method_handler(
                     servicer.Watch,
@@ -694,6 +711,33 @@ class Rollout:
             '/plugmesh_proto.v1.Rollout/Status',
             plugmesh__proto_dot_v1_dot_rollout__pb2.TableStatusRequest.SerializeToString,
             plugmesh__proto_dot_v1_dot_rollout__pb2.TableStatus.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Share(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/plugmesh_proto.v1.Rollout/Share',
+            plugmesh__proto_dot_v1_dot_rollout__pb2.ShareRequest.SerializeToString,
+            plugmesh__proto_dot_v1_dot_rollout__pb2.ShareReply.FromString,
             options,
             channel_credentials,
             insecure,
