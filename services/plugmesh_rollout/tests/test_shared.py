@@ -118,6 +118,20 @@ async def test_a_caller_cannot_reach_beyond_its_area_and_a_lost_one_does_no_harm
     assert np.array_equal((await client.get("t", "x", ["a"], 1)).rows[0].fields["a"], value)
 
 
+async def test_calls_go_on_when_another_one_makes_the_client_give_its_area_up(kit) -> None:
+    client = await shared(kit.client(await kit.table()))
+    await client.create_topic("t", ["a"], ["x"])
+    waiting = asyncio.create_task(client.get("t", "x", ["a"], 1, wait_s=20.0))
+    other = asyncio.create_task(client.get("t", "x", ["a"], 99, wait_s=20.0))
+    await asyncio.sleep(0.1)
+    area = client._area
+    other.cancel()
+    await asyncio.gather(other, return_exceptions=True)
+    assert client._area is not area
+    await client.put("t", [Row("r", {"a": np.arange(1 << 16, dtype=np.uint8)})])
+    assert len((await waiting).column("a")[0]) == 1 << 16
+
+
 async def test_who_is_elsewhere_or_finds_no_memory_left_does_without(kit, monkeypatch) -> None:
     table = await kit.table(shared_bytes=3 << 16)
     client = kit.client(table)

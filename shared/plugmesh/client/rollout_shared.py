@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import bisect
-import contextlib
 import mmap
 import os
 import pathlib
@@ -95,10 +94,8 @@ class SharedArea:
         return [self._memory[at : at + length] for at, length in zip(spans[::2], spans[1::2], strict=True)]
 
     def close(self) -> None:
-        """The table takes the memory back when the call ends; idempotent."""
+        """The table takes the memory back when the call ends; calls that are under way still have what they mapped. Idempotent."""
         self._call.cancel()
-        with contextlib.suppress(BufferError):
-            self._memory.close()
 
 
 def _map(path: str, num_bytes: int, nonce: bytes) -> mmap.mmap | None:
