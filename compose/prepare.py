@@ -30,7 +30,7 @@ AUTHORIZATION = HERE / "nats" / "authorization.conf"
 MESH_NAME = "compose"  # [mesh] name in mesh.toml; subjects carry it
 UPSTREAM_BASE = "debian:bookworm-slim"
 IMPORTED_BASE = "plugmesh-base:bookworm"
-EXTRAS = ("gateway", "tokenizer", "grammar", "weightstore", "kvstore", "engine", "postgres")
+EXTRAS = ("gateway", "tokenizer", "grammar", "weightstore", "kvstore", "rollout", "engine", "postgres")
 PLATFORMS = (*(f"manylinux_2_{minor}" for minor in range(36, 16, -1)), "manylinux2014")  # up to the glibc of Debian 12
 
 
@@ -117,7 +117,7 @@ def render_permissions() -> str:
     """The broker's users and permissions; needs plugmesh to be importable."""
     from plugmesh.mesh import subjects
 
-    block = subjects.authorization_block(MESH_NAME, {role: f"${password_variable(role)}" for role in subjects.roles()})
+    block = subjects.authorization_block(MESH_NAME, {role: f"${password_variable(role)}" for role in subjects.all_roles()})
     return "# Generated from plugmesh/mesh/subjects.py by `compose/stack.py permissions`; a test compares.\n" + block
 
 

@@ -82,11 +82,16 @@ def role_of(service: str) -> str | None:
 def test_every_service_of_the_mesh_has_one_container_that_runs_it():
     roles = sorted(role for role in map(role_of, SERVICES) if role)
 
-    assert roles == sorted(plugmesh_config.SERVICE_NAMES)
-    assert all(role_of(name) == name for name in plugmesh_config.SERVICE_NAMES)
+    assert roles == sorted(plugmesh_config.ALL_SERVICES)
+    assert all(role_of(name) == name for name in plugmesh_config.ALL_SERVICES)
 
 
-@pytest.mark.parametrize("service", plugmesh_config.SERVICE_NAMES)
+def test_services_that_a_mesh_can_do_without_start_only_where_their_profile_is_asked_for():
+    assert {name: [name] for name in plugmesh_config.OPTIONAL_SERVICES} == {n: c["profiles"] for n, c in SERVICES.items() if "profiles" in c}
+    assert not any(set(plugmesh_config.OPTIONAL_SERVICES) & set(c.get("depends_on", {})) for c in SERVICES.values())
+
+
+@pytest.mark.parametrize("service", plugmesh_config.ALL_SERVICES)
 def test_only_the_engine_image_installs_torch(service):
     wanted = requirements.requirements(ROOT / "pyproject.toml", extras_of(SERVICES[service]["build"]["target"]))
 
@@ -109,7 +114,7 @@ def test_the_broker_is_given_the_permissions_that_the_subjects_imply():
     assert (COMPOSE / "nats" / "authorization.conf").read_text() == prepare.render_permissions()
     assert 'include "authorization.conf"' in (COMPOSE / "nats" / "nats.conf").read_text()
     assert "COPY compose/nats/ /etc/nats/" in targets()["nats"]
-    assert prepare.roles() == subjects.roles()
+    assert prepare.roles() == subjects.all_roles()
 
 
 def test_the_broker_takes_messages_as_large_as_the_embedded_one_does():
@@ -139,7 +144,7 @@ def test_secrets_are_private_random_and_kept(tmp_path):
     single = [text for name, text in before.items() if name not in ("nats_passwords", "gateway_keys")]
 
     assert before == after
-    assert len(set(single)) == len(single) == len(subjects.roles()) + 2
+    assert len(set(single)) == len(single) == len(subjects.all_roles()) + 2
     assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()} == {0o600}
     wanted = {pathlib.PurePath(secret["file"]).name for secret in STACK["secrets"].values()}
     assert wanted <= set(before)
@@ -165,7 +170,7 @@ def test_no_secret_can_be_committed_or_built_into_an_image():
     assert {"compose/secrets", "compose/.env", "compose/.build"} <= set(kept_out)
 
 
-@pytest.mark.parametrize("service", plugmesh_config.SERVICE_NAMES)
+@pytest.mark.parametrize("service", plugmesh_config.ALL_SERVICES)
 def test_mesh_toml_is_valid_for_every_service(service):
     loaded = plugmesh_config.load(COMPOSE / "mesh.toml", environ={})
     model = importlib.import_module(f"plugmesh_{service}.config").Settings
@@ -200,14 +205,14 @@ def test_starts_are_ordered_by_health_and_end_at_the_broker():
     waits = {name: container.get("depends_on", {}) for name, container in SERVICES.items()}
 
     assert all(condition == {"condition": "service_healthy"} for needs in waits.values() for condition in needs.values())
-    for role in plugmesh_config.SERVICE_NAMES:
+    for role in plugmesh_config.ALL_SERVICES:
         assert "nats" in waits[role]
     assert {"decode", "prefill", "tokenizer"} <= set(waits["gateway"])
     assert {"weightstore", "kvstore"} <= set(waits["decode"]) & set(waits["prefill"])
     assert "postgres" in waits["weightstore"]
 
 
-@pytest.mark.parametrize("service", plugmesh_config.SERVICE_NAMES)
+@pytest.mark.parametrize("service", plugmesh_config.ALL_SERVICES)
 def test_each_role_gets_only_its_own_broker_password(service):
     mounted = [secret["source"] if isinstance(secret, dict) else secret for secret in SERVICES[service]["secrets"]]
 
@@ -218,7 +223,7 @@ def test_each_role_gets_only_its_own_broker_password(service):
 def test_prometheus_scrapes_every_service_on_its_metrics_port():
     scraped = yaml.safe_load((COMPOSE / "prometheus" / "prometheus.yml").read_text())["scrape_configs"][0]["dns_sd_configs"][0]
 
-    assert sorted(scraped["names"]) == sorted(plugmesh_config.SERVICE_NAMES)
+    assert sorted(scraped["names"]) == sorted(plugmesh_config.ALL_SERVICES)
     assert scraped["port"] == 9100
 
 
