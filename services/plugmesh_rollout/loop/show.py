@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from plugmesh import logs
 from plugmesh_rollout.loop import curves
 from plugmesh_rollout.loop.folder import RunFolder
 from plugmesh_rollout.loop.run import Progress, run_processes
@@ -25,6 +26,7 @@ _LOOK_S = 0.5
 def run(path: pathlib.Path, *, changes: dict[str, Any], plain: bool, as_json: bool) -> int:
     """Returns the exit code: 0 when all steps are done, 1 when it was interrupted (it can be gone on with). Raises what `run_processes` raises."""
     settings = Settings.read(path, **changes)
+    logs.configure("warning", service="rl")  # the table of a run is in this process; its news would stand between the lines
     console = Console(stderr=as_json)
     done = asyncio.run(_run(settings, console, plain or as_json or not console.is_terminal))
     written = curves.write([settings.run.folder])
