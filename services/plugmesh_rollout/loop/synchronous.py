@@ -64,11 +64,15 @@ def train_rows(group: int, prompt_ids: list[int], samples: list[Sample], rewards
     ]
 
 
-def accuracy(policy: Policy, examples: tasks.Examples, num: int, max_tokens: int) -> float:
-    """Share of held-out examples that the policy's likeliest response answers."""
+def greedy_figures(policy: Policy, examples: tasks.Examples, reward: Reward, num: int, max_tokens: int) -> dict[str, float]:
+    """Of the policy's likeliest responses to held-out examples: the share that says the answer and nothing else, and their mean reward."""
     held_out = [examples.held_out(i) for i in range(num)]
-    found = policy.greedy([examples.prompt_ids(e) for e in held_out], max_tokens)
-    return sum(examples.text.decode(ids).strip() == e.answer for ids, e in zip(found, held_out, strict=True)) / num
+    said = [examples.text.decode(ids) for ids in policy.greedy([examples.prompt_ids(e) for e in held_out], max_tokens)]
+    pairs = list(zip(said, held_out, strict=True))
+    return {
+        "accuracy": sum(x.strip() == e.answer for x, e in pairs) / num,
+        "greedy_reward": sum(reward.score(e.prompt, e.answer, x) for x, e in pairs) / num,
+    }
 
 
 def held_out_reward(policy: Policy, examples: tasks.Examples, reward: Reward, num: int, max_tokens: int, seed: int) -> float:
@@ -87,7 +91,7 @@ def measured(policy: Policy, settings: Settings, reward: Reward) -> dict[str, fl
     """What a run tells of its progress on held-out examples, under the policy's newest weights."""
     examples, num, max_tokens = examples_of(settings), settings.run.eval_examples, settings.rollout.max_tokens
     return {
-        "accuracy": accuracy(policy, examples, num, max_tokens),
+        **greedy_figures(policy, examples, reward, num, max_tokens),
         "held_out_reward": held_out_reward(policy, examples, reward, num, max_tokens, settings.run.seed),
     }
 
