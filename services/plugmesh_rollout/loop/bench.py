@@ -38,7 +38,7 @@ SIDES: dict[str, dict[str, Any]] = {
 }
 SHAPES: dict[str, dict[str, int]] = {
     # a small model and long responses: generation and training take about as long, where overlap gains most
-    "balanced": {"hidden": 64, "layers": 2, "groups": 16, "max_tokens": 2048},
+    "balanced": {"hidden": 64, "layers": 2, "groups": 8, "max_tokens": 2048},
     # a million parameters: training takes about three times as long as generation
     "training": {"hidden": 128, "layers": 5, "groups": 16, "max_tokens": 384},
 }
@@ -47,12 +47,12 @@ _SKIPPED = 3  # steps at the start, in which processes and pages come up, and st
 
 def settings_of(folder: pathlib.Path, options: dict[str, Any], given: argparse.Namespace, seed: int) -> Settings:
     return checked({
-        "run": {"folder": str(folder), "steps": given.steps, "seed": seed, "eval_every": 0, "eval_examples": 1, "plugins": ["asyncflow"], "checkpoint_every": given.steps, "pin": not given.no_pin},
+        "run": {"folder": str(folder), "steps": given.steps, "seed": seed, "eval_every": 0, "eval_examples": 1, "plugins": ["asyncflow"], "checkpoint_every": given.steps, "pin": given.pin},
         "model": {"hidden_size": given.hidden, "intermediate_size": 3 * given.hidden, "num_layers": given.layers, "max_position": given.max_tokens + 32},
         "task": {"name": "copy"}, "reward": {"name": "partial"},
         "workflow": {"name": "asyncflow", "options": options},
         "rollout": {
-            "group_size": 4, "groups_per_step": given.groups, "groups_at_once": given.at_once or given.groups, "max_tokens": given.max_tokens, "tail": given.tail,
+            "group_size": 4, "groups_per_step": given.groups, "groups_at_once": given.at_once or 2 * given.groups, "max_tokens": given.max_tokens, "tail": given.tail,
         },
         "trainer": {"lr": 1e-5, "part_rows": 32},
     })  # fmt: skip
@@ -187,12 +187,12 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--layers", type=int)
     parser.add_argument("--groups", type=int, help="of four responses, in a step")
     parser.add_argument("--max-tokens", type=int)
-    parser.add_argument("--at-once", type=int, default=0, help="groups that are generated together; 0: a step's")
+    parser.add_argument("--at-once", type=int, default=0, help="groups that are generated together, as far as a side lets them in; 0: two steps'")
     parser.add_argument("--tail", type=float, default=1.0, help="sigma of the log-normal lengths")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=list(SIDES), help="the first is what the others are compared with")
-    parser.add_argument("--no-pin", action="store_true", help="lets the trainer share its core, on all sides")
+    parser.add_argument("--pin", action="store_true", help="the trainer has a core of its own, on all sides")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args(arguments)
     for name, value in SHAPES[given.shape].items():
@@ -207,7 +207,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     result = compare(given)
     if given.json:
         print(json.dumps(result, indent=1))
-        return
+    else:
+        show(result)
+
+
+def show(result: Mapping[str, Any]) -> None:
     bound = result["bound"]
     print(f"{result['rows'][0]['workflow']}: generation {bound['generation_s'] * 1000:.0f} ms and training {bound['training_s'] * 1000:.0f} ms of a step;", end=" ")
     print(f"overlap gains at most {bound['overlap']:.2f}, all on two cores {bound['two_cores']:.2f}")
