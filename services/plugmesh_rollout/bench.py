@@ -183,7 +183,7 @@ def transferqueue(python: str) -> Iterator[str]:
     process = start(python, str(WORKER), "transferqueue", "head", "{}")
     try:
         assert process.stdin is not None
-        address = _first_line(process, 120.0)
+        address = _first_line(process, 300.0)
         if not address:
             raise RuntimeError("TransferQueue did not start")
         yield address

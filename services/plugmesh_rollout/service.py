@@ -145,7 +145,7 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServicer):
 
     async def Share(self, request: pb.ShareRequest, context: Any) -> AsyncIterator[pb.ShareReply]:
         self._check_open()
-        opened = self._areas.open(request.boot_id, request.num_bytes)
+        opened = await self._areas.open(request.boot_id, request.num_bytes)
         if opened is None:
             yield pb.ShareReply()
             return

@@ -6,6 +6,7 @@ ends, which it does when its caller dies.
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import mmap
 import os
@@ -101,24 +102,37 @@ class Areas:
         self._folder: ArenaFolder | None = None
         self._areas: dict[str, Area] = {}
 
-    def open(self, boot_id: str, num_bytes: int) -> tuple[str, Area] | None:
+    async def open(self, boot_id: str, num_bytes: int) -> tuple[str, Area] | None:
         """A new area and its name; None for a caller of another host, or where there is no memory to share."""
         num_bytes = min(num_bytes, self._left) // mmap.PAGESIZE * mmap.PAGESIZE
         if not boot_id or boot_id != own_boot_id() or num_bytes < MIN_BYTES:
             return None
         name = secrets.token_hex(8)
+        self._left -= num_bytes
+        making = None
         try:
             if self._folder is None:
                 self._folder = ArenaFolder(self._base())
-            area = Area(self._folder.path / f"{name}.values", num_bytes, secrets.token_bytes(16))
+            # A thread, since the system clears each page: milliseconds in which the table would stand still.
+            making = asyncio.create_task(asyncio.to_thread(Area, self._folder.path / f"{name}.values", num_bytes, secrets.token_bytes(16)))
+            self._areas[name] = area = await asyncio.shield(making)
+        except asyncio.CancelledError:
+            if making is not None:
+                making.add_done_callback(lambda done: self._unwanted(done, num_bytes))
+            raise
         except OSError as e:
+            self._left += num_bytes
             if e.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EACCES, errno.EROFS, errno.EMFILE, errno.ENOENT):
                 raise
             log.warning("rollout.no_shared_memory", error=e.strerror, num_bytes=num_bytes)
             return None
-        self._left -= num_bytes
-        self._areas[name] = area
         return name, area
+
+    def _unwanted(self, done: asyncio.Task[Area], num_bytes: int) -> None:
+        """Its caller went while it was made."""
+        self._left += num_bytes
+        if not done.cancelled() and done.exception() is None:
+            done.result().close()
 
     def find(self, name: str) -> Area:
         """Raises NotFound with `param` "area": the caller does without one or asks for another."""
