@@ -126,6 +126,7 @@ async def try_pairs(cards: Sequence[Card], setting: Setting, *, is_quick: bool =
         progress.say(" with ".join(c.slug for c in group))
         began = asyncio.get_running_loop().time()
         verdict = await trial.of(group, "served")
+        progress.say(f"{verdict.state}: {verdict.reason}"[:200])
         inside = [p for p in itertools.combinations(group, 2) if tier_of(p) == "served" and frozenset((p[0].slug, p[1].slug)) not in found]
         seconds = round((asyncio.get_running_loop().time() - began) / max(1, len(inside)), 1)
         promise = combined([c.fidelity for c in group])
@@ -145,6 +146,7 @@ async def try_pairs(cards: Sequence[Card], setting: Setting, *, is_quick: bool =
         progress.say(f"{a.slug} with {b.slug}")
         began = asyncio.get_running_loop().time()
         verdict = await trial.of((a, b), tier_of((a, b)))
+        progress.say(f"{verdict.state}: {verdict.reason}"[:200])
         seconds = round(asyncio.get_running_loop().time() - began, 1)
         reason = verdict.reason or verdict.refused.get(key, "")
         found[key] = Pair(a.slug, b.slug, verdict.state, reason, tier_of((a, b)), dict(verdict.shares), (), seconds)

@@ -27,6 +27,7 @@ from plugmesh.errors import FailedPrecondition, PlugmeshError, Unavailable
 # Not a chat: there "The" and "L'" are so close that bfloat16 decides, and either can be the better start of a right answer.
 _QUESTION = "The capital of Italy is Rome. The capital of Spain is Madrid. The capital of France is"
 _START_S = 600.0  # vLLM compiles at its first start
+_READY_S = 300.0  # of a mesh, on a machine that does other things as well
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,9 +231,9 @@ class MeshSystem(HttpSystem):
             "services": {"decode": dict(engine), "prefill": dict(engine), **self._config.get("services", {})},
             "plugins": self._config.get("plugins", {}),
         }
-        self._cluster = Cluster(folder, config)
+        self._cluster = Cluster(folder, config, arguments=("--ready-timeout", str(_READY_S)))
         try:
-            await asyncio.to_thread(self._cluster.start, 300.0)
+            await asyncio.to_thread(self._cluster.start, _READY_S + 10.0)
         except AssertionError as e:
             raise Unavailable(str(e)[:2000]) from e
         url = self._cluster.base_url
