@@ -39,6 +39,7 @@ PRODUCERS, TASKS, CONSUMERS = 4, ("x", "y", "z"), 4
 SIZES = {1 << 10: (8192, 64), 32 << 10: (2048, 32), 1 << 20: (128, 4)}  # bytes of a row: rows, rows of a batch
 ENV = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "RAY_DEDUP_LOGS": "0"}
 ENV |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}  # of the peer's cluster, which lives as long as this run
+ENV["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # makes Ray listen on loopback only: it takes 127.0.0.1 for "whatever others reach this machine by" otherwise
 
 
 def start(python: str, *arguments: str) -> subprocess.Popen[str]:

@@ -104,8 +104,7 @@ def transferqueue_head(a: dict[str, Any]) -> None:
     import transfer_queue  # type: ignore[import-not-found]
     from omegaconf import OmegaConf  # type: ignore[import-not-found]
 
-    # Loopback, and not 127.0.0.1, which Ray takes for "whatever others reach this machine by".
-    context = ray.init(num_cpus=8, _node_ip_address="127.0.0.2", log_to_driver=False, logging_level="ERROR", include_dashboard=False, object_store_memory=256 << 20)
+    context = ray.init(num_cpus=8, _node_ip_address="127.0.0.1", log_to_driver=False, logging_level="ERROR", include_dashboard=False, object_store_memory=256 << 20)
     transfer_queue.init(OmegaConf.create({"controller": {"polling_mode": True}, "backend": {"SimpleStorage": {"num_data_storage_units": 2}}}))
     print(context.address_info["gcs_address"], flush=True)
     sys.stdin.readline()
