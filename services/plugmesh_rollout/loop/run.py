@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import sys
+import zlib
 from collections.abc import AsyncIterator, Callable, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
@@ -117,7 +118,7 @@ def _checkpoint(folder: RunFolder) -> tuple[int, dict[str, str]]:
 
 async def _topic(client: RolloutClient, folder: RunFolder, settings: Settings, step: int, facts: dict[str, str]) -> str:
     """The topic to go on with: the one before if the checkpoint is its newest version, else one that starts at the checkpoint."""
-    prefix = f"rl-{settings.run.seed}-{abs(hash(str(folder.root))) if settings.run.table else 0}"
+    prefix = f"rl-{settings.run.seed}-{zlib.crc32(str(folder.root).encode()) if settings.run.table else 0}"
     number = 0
     if folder.topic.exists():
         before = json.loads(folder.topic.read_text())["topic"]
