@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from plugmesh.arena import Arena
 from plugmesh.kv.guard import GuardProbe
 from plugmesh.types import KvLayout
-from plugmesh_kvstore.arena import Arena
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,12 +12,12 @@ from typing import Any
 import structlog
 
 from plugmesh import wire
+from plugmesh.arena import ArenaFolder, default_base
 from plugmesh.errors import InvalidRequest, NotFound, PlugmeshError, Unavailable
 from plugmesh.kv.pieces import Assembler, split
 from plugmesh.mesh.api import Binding, ServiceContext
 from plugmesh.mesh.hostid import host_id
 from plugmesh.types import InstanceInfo
-from plugmesh_kvstore.arena import ArenaFolder, default_base
 from plugmesh_kvstore.blocks import Block
 from plugmesh_kvstore.checks import check_id
 from plugmesh_kvstore.config import Settings

@@ -14,12 +14,12 @@ from collections.abc import Callable, Sequence
 
 import structlog
 
+from plugmesh.arena import PAGE, Arena
 from plugmesh.errors import FailedPrecondition, InvalidRequest, Overloaded
 from plugmesh.kv.guard import GuardProbe, guard_path
 from plugmesh.kv.pieces import checksum
 from plugmesh.records import EvictionContext, EvictionRecord
 from plugmesh.types import KvLayout
-from plugmesh_kvstore.arena import PAGE, Arena
 from plugmesh_kvstore.audit import Audit, Counters, count_owners
 from plugmesh_kvstore.blocks import Block, Partition, Place, Quarantine
 from plugmesh_kvstore.checks import check_id, check_layout, check_sizes

@@ -16,8 +16,8 @@ from collections.abc import Callable, Sequence
 
 import structlog
 
+from plugmesh.arena import ArenaFolder, default_base
 from plugmesh.errors import InvalidRequest, NotFound
-from plugmesh_kvstore.arena import ArenaFolder, default_base
 
 log = structlog.get_logger()
 

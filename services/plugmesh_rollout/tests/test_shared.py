@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 
+from plugmesh.arena import default_base
 from plugmesh.client import rollout
 from plugmesh.client.rollout import RolloutClient, Row
 from plugmesh.client.rollout_shared import SharedArea
 from plugmesh.errors import InvalidRequest, NotFound
-from plugmesh_kvstore.arena import default_base
 from plugmesh_proto.v1 import rollout_pb2 as pb
 from plugmesh_rollout.alone import Alone
 from plugmesh_rollout.config import Settings

@@ -1,4 +1,4 @@
-"""Shared memory that clients map: one sparse file of equal slots per layout, in a folder private to this store."""
+"""Shared memory that clients map: one sparse file of equal slots per layout, in a folder private to this process."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Arena:
                     self._free.append(slot)
                 if e.errno not in (errno.ENOSPC, errno.ENOMEM):
                     raise
-                log.warning("kvstore.arena_full", path=str(self.path), num_slots=len(self._backed))
+                log.warning("arena.full", path=str(self.path), num_slots=len(self._backed))
                 return None
             self._backed.add(slot)
         if slot == self._fresh:
@@ -102,14 +102,14 @@ class Arena:
         try:
             self._map.close()
         except BufferError:
-            log.warning("kvstore.arena_view_left", path=str(self.path))
+            log.warning("arena.view_left", path=str(self.path))
         os.close(self._fd)
 
 
 class ArenaFolder:
     """`<base>/kv-<random>/`, mode 0700, with a lock that lives exactly as long as this process.
 
-    The lock, not a process id, tells later stores whether the folder is stale: it works across pid namespaces that
+    The lock, not a process id, tells later processes whether the folder is stale: it works across pid namespaces that
     share /dev/shm.
     """
 
@@ -124,9 +124,9 @@ class ArenaFolder:
                 unfinished.mkdir(mode=0o700)
                 break
             except FileNotFoundError:
-                continue  # another store stopped and removed the empty base
+                continue  # another process stopped and removed the empty base
         else:
-            raise ConfigError(f"{base} keeps vanishing", key="services.kvstore.arena_dir")
+            raise ConfigError(f"{base} keeps vanishing")
         self._lock_fd = os.open(unfinished / "owner.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         self.path = base / f"kv-{token}"
@@ -138,7 +138,7 @@ class ArenaFolder:
         try:
             self.base.rmdir()
         except OSError:
-            pass  # other stores use it
+            pass  # others use it
 
 
 def default_base(runtime_dir: pathlib.Path | None) -> pathlib.Path:
@@ -151,7 +151,7 @@ def default_base(runtime_dir: pathlib.Path | None) -> pathlib.Path:
 
 
 def sweep(base: pathlib.Path) -> int:
-    """Removes folders whose store is dead; returns how many."""
+    """Removes folders whose process is dead; returns how many."""
     num = 0
     for folder in base.iterdir():
         if folder.name.startswith("new-"):
@@ -164,7 +164,7 @@ def sweep(base: pathlib.Path) -> int:
             shutil.rmtree(folder, ignore_errors=True)
             num += 1
     if num:
-        log.info("kvstore.stale_arenas_removed", num=num)
+        log.info("arena.stale_removed", num=num)
     return num
 
 
@@ -187,6 +187,6 @@ def _private_dir(path: pathlib.Path) -> None:
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     info = path.lstat()
     if path.is_symlink() or info.st_uid != os.getuid():
-        raise ConfigError(f"{path} must be a folder that belongs to this user", key="services.kvstore.arena_dir")
+        raise ConfigError(f"{path} must be a folder that belongs to this user")
     if info.st_mode & 0o077:
         path.chmod(0o700)
