@@ -50,8 +50,8 @@ def consume(client: object, task: str, path: pathlib.Path, pace: float) -> None:
                 time.sleep(0.05)
                 continue
             rows = client.get_data(meta)  # type: ignore[attr-defined]
-            numbers = [int(n) for n in rows["number"].reshape(-1)]
-            for number, payload in zip(numbers, rows["payload"], strict=True):
+            numbers = [int(n.reshape(-1)[0]) for n in rows["number"].unbind()]  # dense or nested, as it likes
+            for number, payload in zip(numbers, rows["payload"].unbind(), strict=True):
                 if not torch.equal(payload.reshape(-1), payload_of(number)):
                     out.write(f"bad {number}\n".encode())
             time.sleep(pace)

@@ -178,7 +178,7 @@ def conserve_peer(folder: pathlib.Path, python: str, *, num_rows: int, num_produ
             deadline = time.monotonic() + limit_s
             while not all(peer_lines(folder, "done").values()):  # its clients take seconds to start; kills begin when all tasks are at work
                 time.sleep(0.5)
-                assert time.monotonic() < deadline, f"no row in time; errors: {[p.read_text()[-500:] for p in folder.glob('*.err')]}"
+                assert time.monotonic() < deadline and not any(w.poll() for w in running.values()), f"no row in time; errors: {[p.read_text()[-500:] for p in folder.glob('*.err')]}"
             num, quiet_since, seen = 0, time.monotonic(), -1
             while True:
                 time.sleep(kill_every_s)
