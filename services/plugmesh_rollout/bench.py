@@ -132,6 +132,9 @@ def table(durability: str) -> Iterator[str]:
                 raise RuntimeError("the table did not start")
             yield address
         finally:
+            process.terminate()  # it takes its shared memory away
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(10)
             end(process)
 
 

@@ -27,6 +27,11 @@ from plugmesh_rollout.config import Settings
 VALUES = st.binary(max_size=2000) | st.text(max_size=50) | st.floats(allow_nan=False) | hnp.arrays(np.int32, st.integers(0, 300))
 
 
+@pytest.fixture(autouse=True)
+def small_values_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rollout, "_SHARE_FROM", 1 << 15)
+
+
 async def shared(client: RolloutClient, topic: str = "t") -> RolloutClient:
     """Once it has an area, which it asks for with its first large call."""
     async with asyncio.timeout(10):
@@ -158,7 +163,7 @@ from plugmesh.client.rollout import RolloutClient, Row
 async def main():
     client = RolloutClient(sys.argv[1])
     while client._area is None:
-        client._part(1 << 16)
+        client._part(1 << 20)
         await asyncio.sleep(0.01)
     await client.put("t", [Row("dead", {"a": np.zeros(1 << 17, np.uint8)})])
     print("ready", flush=True)
