@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import pathlib
+import tomllib
 
+from plugmesh.config import MeshConfig
 from plugmesh_rollout.alone import Alone
 from plugmesh_rollout.config import Settings
 from plugmesh_rollout.loop.settings import Settings as RunSettings
@@ -26,8 +28,12 @@ async def test_the_plain_torch_loop_learns_over_grpc_alone(tmp_path):
 
 
 def test_every_example_file_can_be_read():
-    files = sorted(EXAMPLES.glob("*.toml"))
+    """Those of runs as runs, the others as meshes."""
+    files = {file: tomllib.loads(file.read_text()) for file in sorted(EXAMPLES.glob("*.toml"))}
 
-    assert files
-    for file in files:
-        assert RunSettings.read(file).run.steps > 0
+    assert {"smollm2.toml", "copy.toml"} <= {file.name for file, data in files.items() if "run" in data}
+    for file, data in files.items():
+        if "run" in data:
+            assert RunSettings.read(file).run.steps > 0
+        else:
+            assert MeshConfig.model_validate(data).services
