@@ -54,7 +54,7 @@ def test_a_slow_consumer_gets_every_row_in_order(sizes, pause_after):
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.integers(1, MAX_MERGED_BYTES * 2 // 3), max_size=80))
+@given(st.lists(st.sampled_from([1, 5000, MAX_MERGED_BYTES // 3, MAX_MERGED_BYTES * 2 // 3]), min_size=MERGE_ABOVE_FRAMES, max_size=80))
 def test_frames_are_merged_up_to_a_size_that_every_carrier_takes(sizes):
     async def scenario():
         session = Session(10_000)
