@@ -107,7 +107,7 @@ def _reasoning_gym(options: Mapping[str, Any]) -> Make:
     try:
         import reasoning_gym  # type: ignore[import-not-found]  # optional
     except ImportError as e:
-        raise InvalidRequest("the task reasoning_gym needs the package of that name", param="task") from e
+        raise InvalidRequest("the task reasoning_gym needs the package reasoning-gym: pip install 'plugmesh[reasoning]'", param="task") from e
     options = dict(options)
     name, suffix = str(options.pop("dataset", "basic_arithmetic")), str(options.pop("suffix", "="))
     data = reasoning_gym.create_dataset(name, size=1 << 30, seed=0, **options)
