@@ -8,6 +8,16 @@ import sys
 import structlog
 
 
+class _Stderr:
+    """Standard error as it is when something is written: whoever captures it for a while, as test runners do, closes what was there meanwhile."""
+
+    def write(self, text: str) -> int:
+        return sys.stderr.write(text)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
 def configure(level: str = "info", *, service: str = "", instance: str = "", json: bool | None = None) -> None:
     """Call once at start, before the first log line.
 
@@ -26,7 +36,7 @@ def configure(level: str = "info", *, service: str = "", instance: str = "", jso
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
-        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
+        logger_factory=structlog.WriteLoggerFactory(file=_Stderr()),  # type: ignore[arg-type]  # what it needs of a file
         cache_logger_on_first_use=True,
     )
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(name)s: %(message)s")
