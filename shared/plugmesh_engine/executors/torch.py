@@ -145,7 +145,8 @@ class TorchKvMemory:
 
     def __init__(self, layout: KvLayout, num_blocks: int, device: str = "cpu") -> None:
         self._shape = (layout.num_layers, 2, BLOCK_TOKENS, layout.num_kv_heads, layout.head_dim)
-        self.storage = torch.empty((num_blocks + 1, *self._shape), dtype=DTYPES[layout.dtype], device=device)
+        # Zeros, not what was there before: attention weighs what lies behind a sequence's end with 0, and 0 times NaN is NaN.
+        self.storage = torch.zeros((num_blocks + 1, *self._shape), dtype=DTYPES[layout.dtype], device=device)
         self.storage[NULL_BLOCK].zero_()
 
     def zero(self, block: int) -> None:

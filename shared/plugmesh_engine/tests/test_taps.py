@@ -117,6 +117,14 @@ def test_a_probe_gives_the_textbooks_queries_and_keys_and_leaves_earlier_layers_
     assert not any(kept[layer * size :])
 
 
+@pytest.mark.parametrize("kind", EXECUTORS)
+def test_memory_that_nobody_wrote_is_finite(kind):
+    """Attention weighs what lies behind a sequence's end with 0, which hides no NaN."""
+    e = build(kind)
+    assert not any(any(bytes(e.memory.read(block))) for block in (1, 2, 3))
+    e.close()
+
+
 @pytest.mark.skipif(not plugmesh_kernels.available(), reason="the kernels are not compiled")
 @settings(max_examples=5, deadline=None)
 @given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=4), cuts=st.lists(st.integers(1, 13), min_size=1, max_size=3), data=st.data())
