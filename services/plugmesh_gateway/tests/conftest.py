@@ -173,7 +173,8 @@ class NamingGrammars(grammar_pb2_grpc.GrammarServicer):
 class ScriptedDecode(decode_pb2_grpc.DecodeServicer):
     """Generates what `script(request, sequence)` says, one token per sequence and step, from where `resume` ends.
 
-    `hold` stops the steps while set to False; `is_silent` also stops Status, as SIGSTOP does.
+    `pause_after` stops a sequence there, until it is raised and `poke` called, or with `waits_for_cancel` until
+    a cancel is heard; `is_silent` also stops Status, as SIGSTOP does.
     """
 
     def __init__(self, name: str, script: Callable[[Any, int], list[int]]) -> None:
@@ -185,6 +186,7 @@ class ScriptedDecode(decode_pb2_grpc.DecodeServicer):
         self.num_steps = 0
         self.num_tokens = 0
         self.pause_after = 10**9           # tokens per sequence after which it stops sending
+        self.waits_for_cancel = False
         self.is_silent = False
         self.error: PlugmeshError | None = None
         self.max_model_len = 4096
@@ -196,6 +198,10 @@ class ScriptedDecode(decode_pb2_grpc.DecodeServicer):
         self.layout: KvLayout | None = None
         self.cached: list[bytes] = []      # blocks that a snapshot tells
         self.changed = asyncio.Event()
+
+    def pause_until_cancelled(self, num_tokens: int) -> None:
+        """Every sequence stops after `num_tokens` until something is cancelled, however slow the gateway is about it."""
+        self.pause_after, self.waits_for_cancel = num_tokens, True
 
     def poke(self) -> None:
         event, self.changed = self.changed, asyncio.Event()
@@ -235,6 +241,8 @@ class ScriptedDecode(decode_pb2_grpc.DecodeServicer):
                 else:
                     c = command.cancel
                     self.cancels.append(c)
+                    if self.waits_for_cancel:
+                        self.pause_after = 10**9
                     if c.one_sequence:
                         live.get(c.request_id, {}).pop(c.sequence, None)
                     if not c.one_sequence or not live.get(c.request_id):

@@ -126,7 +126,7 @@ async def test_leaving_the_iterator_cancels_everywhere(connect):
     stack, address = await connect(peers=False)
     await stack.tokenizer()
     decode = (await stack.decode(say("abc" * 100))).servicer
-    decode.token_delay_s = 0.005
+    decode.pause_until_cancelled(20)
     async with AsyncClient(address) as client:
         events = client.generate("x", max_tokens=200)
         async for _ in events:

@@ -144,6 +144,7 @@ async def test_a_cancelled_child_ends_at_once_while_its_siblings_go_on_and_late_
         yield StrategyEvent(text="done", finish_reason=FinishReason.STOP)
 
     stack, decode = await started(start, prune=prune, script=say("abcdefgh"))
+    decode.pause_until_cancelled(4)
     reply = (await post(stack, strategy={"name": "prune"})).json()
 
     assert [(t, r) for c, t, r in seen if c == 1][-1] == ("", FinishReason.CANCELLED)
