@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from typing import Any
@@ -13,6 +14,7 @@ from plugmesh.grammar.seams import GrammarVocabulary
 from plugmesh.grammar.syntax import Grammar, to_gbnf
 from plugmesh_xgrammar import binding
 from plugmesh_xgrammar.matcher import XgrammarMatcher
+from plugmesh_xgrammar.native import Door, door
 from plugmesh_xgrammar.plugin import FORM, LIBRARY
 
 RAW = 0  # VocabType: tokens are the bytes that they stand for
@@ -39,10 +41,11 @@ TAG_FORMATS = {
 class Compiled:
     """A `plugmesh.grammar.seams.CompiledGrammar`."""
 
-    def __init__(self, classes: Any, grammar: Any, known: bytes) -> None:
+    def __init__(self, classes: Any, grammar: Any, known: bytes, door: Door | None) -> None:
         self._classes = classes
         self._grammar = grammar
         self._known = known
+        self._door = door
 
     @property
     def num_bytes(self) -> int:
@@ -50,7 +53,7 @@ class Compiled:
 
     def matcher(self) -> XgrammarMatcher:
         inner = self._classes.GrammarMatcher(self._grammar, None, False, -1, None)
-        return XgrammarMatcher(inner, self._known)
+        return XgrammarMatcher(inner, self._known, self._door)
 
 
 class XgrammarEngine:
@@ -63,6 +66,7 @@ class XgrammarEngine:
         self._tokenizer = self._classes.TokenizerInfo(tokens, RAW, vocabulary.vocab_size, list(vocabulary.eos_token_ids), False)
         self._known = bytes(bool(t) or i in vocabulary.eos_token_ids for i, t in enumerate(tokens))
         self._threads = compile_threads
+        self._door = functools.cache(lambda: door(self._classes, self._known, vocabulary.num_words))
         self._header = ("xgrammar", f"{LIBRARY}-{FORM}", vocabulary.tokenizer_hash)
 
     def compile(self, language: str, source: str) -> bytes:
@@ -89,7 +93,7 @@ class XgrammarEngine:
             grammar = self._classes.CompiledGrammar.deserialize_json(text.decode(), self._tokenizer)
         except (RuntimeError, ValueError, TypeError) as e:
             raise DataLoss(f"a compiled grammar does not load: {_first_line(e)}") from e
-        return Compiled(self._classes, grammar, self._known)
+        return Compiled(self._classes, grammar, self._known, self._door())
 
 
 def _tag(source: str) -> str:

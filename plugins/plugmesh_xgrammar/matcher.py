@@ -6,20 +6,24 @@ from typing import Any
 
 import numpy as np
 
+from plugmesh_xgrammar.native import Door
+
 
 class XgrammarMatcher:
-    """The library's matcher, with a count of what it accepted, for a clear error when more is to be taken back.
+    """The library's matcher.
 
     Args:
         known: Byte i is 1 where token i is text or an end; of others the library would write a warning for each attempt.
+        door: For callers without Python, where there can be any.
     """
 
-    __slots__ = ("_inner", "_known", "_num_accepted")
+    __slots__ = ("_door", "_inner", "_known", "_native")
 
-    def __init__(self, inner: Any, known: bytes, num_accepted: int = 0) -> None:
+    def __init__(self, inner: Any, known: bytes, door: Door | None = None) -> None:
         self._inner = inner
         self._known = known
-        self._num_accepted = num_accepted
+        self._door = door
+        self._native: tuple[object, object] | None = None
 
     @property
     def is_completed(self) -> bool:
@@ -42,17 +46,16 @@ class XgrammarMatcher:
     def accept(self, token_id: int) -> bool:
         if not (0 <= token_id < len(self._known) and self._known[token_id]) or self._inner.is_terminated():
             return False
-        if not self._inner.accept_token(token_id, False):
-            return False
-        self._num_accepted += 1
-        return True
+        return bool(self._inner.accept_token(token_id, False))
 
     def rollback(self, num_tokens: int) -> None:
-        if not 0 <= num_tokens <= self._num_accepted:
-            raise ValueError(f"{num_tokens} tokens cannot be taken back: {self._num_accepted} were accepted")
+        if num_tokens < 0:
+            raise ValueError(f"{num_tokens} tokens cannot be taken back")
         if num_tokens:
-            self._inner.rollback(num_tokens)
-            self._num_accepted -= num_tokens
+            try:
+                self._inner.rollback(num_tokens)
+            except RuntimeError as e:
+                raise ValueError(f"{num_tokens} tokens cannot be taken back: fewer were accepted") from e
 
     def forced(self) -> bytes:
         if self._inner.is_terminated():
@@ -63,4 +66,9 @@ class XgrammarMatcher:
             return bytes(e.object)
 
     def fork(self) -> XgrammarMatcher:
-        return XgrammarMatcher(self._inner.fork(), self._known, self._num_accepted)
+        return XgrammarMatcher(self._inner.fork(), self._known, self._door)
+
+    def native(self) -> object | None:
+        if self._native is None and self._door is not None:
+            self._native = self._door.capsule(self._inner)
+        return self._native[0] if self._native is not None else None

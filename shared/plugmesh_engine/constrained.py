@@ -135,6 +135,8 @@ class Cursor:
         masks: (rows, words) uint32; of the first `num_ready` rows of the step to come, or of one that is over.
         is_free: Per row, whether every token is allowed.
         is_over: Nothing but an end may follow.
+        native: Of `native_checks.NativeChecks.row`; None before it was asked for, False when there is none.
+        jumps: Forced text is to be appended.
         error: The sequence's request is to end with it.
     """
 
@@ -145,6 +147,8 @@ class Cursor:
     is_free: list[bool] = field(default_factory=list)
     num_ready: int = 0
     is_over: bool = False
+    native: Any = None
+    jumps: bool = False
     error: PlugmeshError | None = None
 
     def mask(self, row: int) -> np.ndarray | None:
@@ -307,7 +311,9 @@ class Grammars:
             token = a.sampled[row]
             if token < 0:
                 break
-            if a.redraw is None:
+            if a.is_accepted:
+                pass
+            elif a.redraw is None:
                 self._accept(cursor, token)
             elif cursor.matcher.accept(token):
                 cursor.num_ready = 0
@@ -332,7 +338,7 @@ class Grammars:
                 break
         a.told = Told(tuple(tokens), tuple(rows), cursor.is_over)
         self.counters.num_jumped_tokens += num_jumped
-        if self._fill_ahead and a.redraw is None and not cursor.is_over and not cursor.num_ready and 0 < len(tokens) < a.budget and tokens[-1] not in a.end_ids:
+        if self._fill_ahead and a.redraw is None and not a.is_accepted and not cursor.is_over and not cursor.num_ready and 0 < len(tokens) < a.budget and tokens[-1] not in a.end_ids:
             self._fill_row(cursor, 0)
             cursor.num_ready = 1
 
@@ -447,6 +453,7 @@ class Advance:
         end_ids: Tokens that end the sequence.
         jumper: None when forced text is not to be appended.
         redraw: Set when the tokens were drawn without a mask; called for one that the grammar refuses.
+        is_accepted: The one sampled token is in the matcher already.
         told: The result.
     """
 
@@ -458,6 +465,7 @@ class Advance:
     end_ids: Collection[int]
     jumper: Jumper | None
     redraw: Redraw | None = None
+    is_accepted: bool = False
     told: Told | None = None
 
 

@@ -20,12 +20,14 @@ from plugmesh.types import BLOCK_TOKENS, FinishReason, TokenInfo, Usage, block_c
 from plugmesh_engine.admission import check_request
 from plugmesh_engine.batch import StepResult
 from plugmesh_engine.config import EngineConfig, leaves_a_core
-from plugmesh_engine.constrained import WINDOW_TOKENS, Advance, Cursor, Grammars, Redraw
+from plugmesh_engine.constrained import Advance, Cursor, Grammars
 from plugmesh_engine.filtering import Filtering
 from plugmesh_engine.forks import Holds, Origin
 from plugmesh_engine.kv.pool import BlockPool
 from plugmesh_engine.kv.view import PoolView
 from plugmesh_engine.measure import measure_step_ms, teacher_forced
+from plugmesh_engine.native_checks import NativeChecks
+from plugmesh_engine.obeying import Obeying, told_tokens
 from plugmesh_engine.outcome import (
     MAX_SCORED_ROWS,
     Sampled,
@@ -33,12 +35,11 @@ from plugmesh_engine.outcome import (
     cut_scored,
     drop_bad_drafts,
     hidden_rows,
-    is_checked_later,
     rows_of,
     taps_of,
 )
 from plugmesh_engine.requests import BlockReady, EngineRequest, EngineStats, StepOutput, TokenEvent
-from plugmesh_engine.sampler import Choose, needs_counts, redraw
+from plugmesh_engine.sampler import Choose, needs_counts
 from plugmesh_engine.scheduler import FcfsScheduler
 from plugmesh_engine.seams import Executor, Model, Scheduler, SequenceView
 from plugmesh_engine.sequence import Group, State
@@ -49,7 +50,7 @@ from plugmesh_engine.swap import Swap, Swapping
 log = structlog.get_logger()
 
 
-class Engine(Swapping):
+class Engine(Obeying, Swapping):
     """Runs many requests together on one model.
 
     One thread owns an engine; nothing here locks. Knows nothing of text, deadlines, streams or the network.
@@ -115,9 +116,10 @@ class Engine(Swapping):
         self._grammars = Grammars(
             c.vocab_size, c.eos_token_ids, jump=config.jump_forward, timeout_s=config.grammar_timeout_s, fill_ahead=not self._overlaps_masks
         )
+        self._native_checks = None if self._overlaps_masks else NativeChecks.if_any(self._executor, config.grammar_timeout_s, self._grammars.counters)
         self._swap: Swap | None = None
         self._num_swaps = 0
-        self._filling: list[Seq] = []  # sequences whose masks are computed beside the forward pass
+        self._filling: list[Seq] = []
         self._filtering: Filtering | None = None
         if prompt_filter is not None:
             self._filtering = Filtering(
@@ -487,37 +489,6 @@ class Engine(Swapping):
             plan, result, best, self._siblings, self._choose, self._eos, checks_later=not self._overlaps_masks
         )  # fmt: skip
 
-    def _fill_masks(self, plan: Iterable[Planned]) -> None:
-        """Begins to compute what the grammars of a step allow, for every row that a token will be sampled from."""
-        rows: list[tuple[Cursor, Sequence[int]]] = []
-        for p in plan:
-            s, g = p.seq, p.seq.group
-            if s.grammar is None or s.num_computed + p.num_tokens < s.target:
-                continue
-            if not self._overlaps_masks and g.is_checked_later and not g.request.sampling.min_tokens:
-                continue
-            samplers = [s] if g.forked else [a for a in g.alive if len(a.tokens) == g.num_prompt]
-            if not self._overlaps_masks:
-                samplers = [a for a in samplers if not is_checked_later(a)]
-            self._filling.extend(samplers)
-            rows.extend((a.grammar, p.draft) for a in samplers if a.grammar is not None)
-        if rows:
-            self._grammars.fill(rows)
-            if not self._overlaps_masks:
-                self._grammars.collect(is_awaited=True)
-
-    def _collect_masks(self) -> None:
-        """Waits for the masks. A request whose matcher failed ends here."""
-        if self._filling:
-            self._grammars.collect()
-            self._fail_unmatched(self._filling)
-            self._filling = []
-
-    def _fail_unmatched(self, sequences: Iterable[Seq]) -> None:
-        for s in sequences:
-            if s.grammar is not None and s.grammar.error is not None and s.state is not State.FINISHED:
-                self._fail(s.group, s.grammar.error)
-
     def _siblings(self, first: Seq) -> list[Seq]:
         self._fork(first)
         return [s for s in first.group.alive if s.num_computed == len(s.tokens)]
@@ -532,7 +503,7 @@ class Engine(Swapping):
                 self._append_scores(s, infos)
                 continue
             step = obeyed.get(id(s))
-            if not self._extend(s, p, infos if step is None else _told(step, infos), step):
+            if not self._extend(s, p, infos if step is None else told_tokens(step, infos), step):
                 self._fail(s.group, InternalError("the model gave no finite logits for this request"))
 
     def _extend(self, s: Seq, p: Planned | None, infos: Sequence[TokenInfo | None], obeyed: Advance | None) -> bool:
@@ -576,50 +547,6 @@ class Engine(Swapping):
                 self._end(sibling, FinishReason.LENGTH)
                 self._tell(sibling, sibling.num_generated, (), FinishReason.LENGTH)
         return True
-
-    def _obey(self, sampled: Iterable[Sampled]) -> dict[int, Advance]:
-        """Takes the constrained sequences on in their grammars, and what is forced behind their tokens; by the sequence's `id`. Those that fail end here."""
-        found: dict[int, Advance] = {}
-        sequences: list[Seq] = []
-        for s, p, infos in sampled:
-            if s.grammar is not None and s.state is State.RUNNING:
-                sequences.append(s)
-                found[id(s)] = self._advance_of(s, [-1 if i is None else i.token_id for i in infos], p.draft, p.logits)
-        if found:
-            self._grammars.advance(list(found.values()))
-            self._fail_unmatched(sequences)
-        return found
-
-    def _advance_of(self, s: Seq, sampled: Sequence[int], draft: Sequence[int], logits: np.ndarray | None = None) -> Advance:
-        g = s.group
-        assert s.grammar is not None and g.request.grammar is not None
-        budget = min(s.sampling.max_tokens - s.num_generated, self.max_model_len - len(s.tokens))
-        if g.request.max_total_tokens:
-            budget = min(budget, g.request.max_total_tokens - g.num_total)
-        explains = s.sampling.logprobs or s.sampling.confidence_top_k > 0  # every token's row is wanted
-        jumper = None if explains else self._grammars.jumper(g.request.grammar)
-        last = s.tokens[max(g.num_prompt, len(s.tokens) - WINDOW_TOKENS[0]) :]
-        again: Redraw | None = None
-        if not self._overlaps_masks and is_checked_later(s):
-            seed, index, position = g.seed, s.index, s.num_generated
-
-            def again(row: int, mask: np.ndarray) -> int:
-                assert logits is not None
-                return redraw(logits[row], mask, s.sampling, seed, index, position + row)
-
-        return Advance(s.grammar, sampled, last, draft, budget, g.end_ids(self._eos), jumper, again)
-
-    def _go_on_from_resumed(self, g: Group) -> None:
-        """Appends what an undisturbed run would have had forced behind the resumed tokens, perhaps in the middle of it."""
-        found = {id(s): self._advance_of(s, (), ()) for s in g.alive if s.num_resumed}
-        if not found:
-            return
-        self._grammars.resume(list(found.values()))
-        self._fail_unmatched(list(g.alive))
-        for s in list(g.alive):
-            step = found.get(id(s))
-            if s.state is not State.FINISHED and step is not None and step.told is not None and step.told.tokens:
-                self._extend(s, None, _told(step, ()), step)
 
     def _append_scores(self, s: Seq, infos: Sequence[TokenInfo | None]) -> None:
         """Tells given tokens and ends a sequence with the last of them."""
@@ -748,9 +675,3 @@ class Engine(Swapping):
         if g.request.score:
             return Usage(g.num_prompt + sum(map(len, g.request.score)), 0, max(0, g.num_cached_tokens))
         return Usage(g.num_given, sum(s.num_generated for s in g.sequences), max(0, g.num_cached_tokens))
-
-
-def _told(step: Advance, infos: Sequence[TokenInfo | None]) -> list[TokenInfo | None]:
-    """A grammar's tokens with what is known of those that were sampled."""
-    assert step.told is not None
-    return [infos[row] if row >= 0 else TokenInfo(token) for token, row in zip(step.told.tokens, step.told.rows, strict=True)]

@@ -37,7 +37,7 @@ def rows_of(p: Planned) -> Rows:
     ids = s.tokens[start:end]
     if draft:
         ids += draft
-    p.rows = Rows(ids, start, s.blocks, num_wanted, full)
+    p.rows = Rows(ids, start, s.blocks, num_wanted, full, g.rarely_reads_logits)
     return p.rows
 
 
@@ -89,7 +89,7 @@ def choose_tokens(
     Args:
         best: `result.best` as integers.
         siblings: The sequences that sample from the rows of one whose prompt was computed for all of them.
-        checks_later: There are no masks for those of whom `is_checked_later`: their tokens are those of a free sequence, and `Planned.logits` is kept for a second draw.
+        checks_later: There are no masks for those of whom `is_checked_later`: their tokens are those of a free sequence, and the logits are kept for a second draw.
     """
     sampled: list[Sampled] = []
     pairs: list[tuple[Seq, Planned, int, list[TokenInfo | None]]] = []  # sequence, its part, first row of the logits, where its tokens go
@@ -110,7 +110,7 @@ def choose_tokens(
         for sibling in [s] if s.group.forked else siblings(s):
             is_best = not p.rows.full
             if checks_later and is_checked_later(sibling):
-                p.logits = result.logits[full_first:full_row]
+                p.logits, p.first_logits = result.logits, full_first
                 is_best = sibling.sampling.temperature <= 0
             infos: list[TokenInfo | None] = [TokenInfo(t) if t >= 0 else None for t in best[first:row]] if is_best else []
             sampled.append((sibling, p, infos))

@@ -13,7 +13,8 @@ from plugmesh_engine.constrained import without
 
 _CANDIDATES = 1024  # sorted before a full sort is tried; nearly every top-p lies within
 _MASK = 0xFFFFFFFFFFFFFFFF
-_SECOND = 0x5EC0D0D2A3B1C4F7  # makes another seed of a seed
+SECOND = 0x5EC0D0D2A3B1C4F7
+"""Makes the seed of `redraw` of a seed."""
 _PYTHON_UNIFORMS = 16  # up to so many rows plain integers are faster than numpy's calls
 
 
@@ -125,7 +126,7 @@ def redraw(logits: np.ndarray, mask: np.ndarray, params: SamplingParams, seed: i
     """
     kernels = _kernels()
     draw = draw_allowed if kernels is None else kernels.draw_allowed
-    return int(draw(logits, mask, params.temperature, _uniform(seed ^ _SECOND, sequence, position) if params.temperature > 0 else 0.0))
+    return int(draw(logits, mask, params.temperature, _uniform(seed ^ SECOND, sequence, position) if params.temperature > 0 else 0.0))
 
 
 def draw_allowed(logits: np.ndarray, mask: np.ndarray, temperature: float, u: float) -> int:

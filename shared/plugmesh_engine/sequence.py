@@ -38,6 +38,7 @@ class Group:
         num_prompt, needs_logits: Of the request, kept because they are read in every step.
         is_checked_later: A constrained sequence's token, once `min_tokens` are there, may be drawn before its mask is known; its matcher is then asked for that
             token alone (`sampler.draws_freely`).
+        rarely_reads_logits: Where its greedy token is refused then.
         num_shared: Tokens that the first sequence computes for all: the prompt, without its last token where continuations are scored, because that one's
             row tells the first token of each.
         inherited: Blocks of the sequence that the request was forked from, with a reference each, until it is admitted; they hold `num_inherited` tokens.
@@ -59,6 +60,7 @@ class Group:
     num_shared: int = 0
     needs_logits: bool = False
     is_checked_later: bool = False
+    rarely_reads_logits: bool = False
     inherited: list[int] = field(default_factory=list)
     num_inherited: int = 0
     num_total: int = 0
@@ -72,6 +74,7 @@ class Group:
         self.num_shared = self.num_prompt - (1 if self.request.score else 0)
         self.needs_logits = self.request.grammar is not None or needs_logits(self.request.sampling)
         self.is_checked_later = self.request.grammar is not None and draws_freely(self.request.sampling, self.request.sampling.min_tokens)
+        self.rarely_reads_logits = self.is_checked_later and self.request.sampling.temperature <= 0
 
     def choose_prompt(self, token_ids: tuple[int, ...]) -> None:
         """Other tokens take the prompt's place, before any of it was computed. What was generated before (`EngineRequest.resume`) stays."""

@@ -25,7 +25,8 @@ class Planned:
         rows: As given to the executor.
         num_accepted: Of the draft.
         is_void: What was computed for it does not count.
-        logits: (1 + len(draft), vocab) float32 of the model's own distribution, until the next step; only where a second draw may come.
+        logits: (R, vocab) float32 of the whole step, until the next one; only where a second draw may come.
+        first_logits: Its row in them; 1 + len(draft) rows are its own.
     """
 
     seq: Seq
@@ -35,6 +36,7 @@ class Planned:
     num_accepted: int = 0
     is_void: bool = False
     logits: np.ndarray | None = None
+    first_logits: int = 0
 
 
 class Drafter:

@@ -6,6 +6,7 @@ import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -185,6 +186,7 @@ class SmallMatcher:
 
     grammar: SmallGrammar
     history: list[States]
+    kept: Any = field(default=None, kw_only=True)  # what a test that gives it a native side must keep
 
     @property
     def is_completed(self) -> bool:

@@ -29,8 +29,8 @@ FLAGS = (
     "-O3", "-std=c++17", "-march=native", "-fPIC", "-pthread",
     "-Wall", "-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized", "-fno-math-errno",
 )  # fmt: skip
-CAPSULES = ("plugmesh.linear.v1", "plugmesh.linear.v2", "plugmesh.layer.v1", "plugmesh.attention.v2", "plugmesh.embedding.v1")
-"""Names that the native executor knows; `csrc/bind_executor.cpp` says what the functions look like."""
+CAPSULES = ("plugmesh.linear.v1", "plugmesh.linear.v2", "plugmesh.layer.v1", "plugmesh.attention.v2", "plugmesh.embedding.v1", "plugmesh.matcher.v1")
+"""Names that the kernels know; `csrc/bind_executor.cpp` says what the functions look like, for the last one `csrc/matching.h`."""
 
 BuildError = build.BuildError
 """The compiler refused; its message is the text."""

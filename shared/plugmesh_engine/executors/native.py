@@ -277,6 +277,15 @@ class NativeExecutor:
         tokens: np.ndarray = self._native.sample(logits, *parameters)
         return tokens
 
+    @property
+    def check_matches(self) -> Callable[..., tuple[list[int], list[int]]] | None:
+        """Lends a thread to the matchers of grammars, see `native_checks.NativeChecks`; None when there is only the engine's own."""
+        return self._check_matches if self._num_threads > 1 else None
+
+    def _check_matches(self, *args: Any) -> tuple[list[int], list[int]]:
+        found: tuple[list[int], list[int]] = self._native.check_matches(*args)  # of the weights of the moment
+        return found
+
     def close(self) -> None:
         """Ends the threads."""
         try:

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 from structlog.testing import capture_logs
 
+import plugmesh_kernels
 from plugmesh.errors import FailedPrecondition, GrammarTimeout, InternalError, InvalidRequest
+from plugmesh.testing.native_matcher import native_side
 from plugmesh.types import FinishReason, SamplingParams
 from plugmesh_engine import Engine, EngineConfig, EngineRequest
 from plugmesh_engine.constrained import Constraint, Grammars, Jumper
@@ -39,6 +41,23 @@ VOCABULARY = small_vocabulary()
 GRAMMAR = compile_small(PERSON)
 FREE = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
 GREEDY = SamplingParams(temperature=0.0, max_tokens=60)
+
+
+@pytest.fixture(autouse=True, params=["masks beside", "checked behind", "checked natively"])
+def way(request, monkeypatch):
+    """How engines without a setting of their own obey: masks beside the forward pass, or tokens checked behind their draw, in Python or without it."""
+    monkeypatch.setattr("plugmesh_engine.engine.leaves_a_core", lambda config: request.param == "masks beside")
+    if request.param == "checked natively":
+        if not plugmesh_kernels.available():
+            pytest.skip(plugmesh_kernels.why_not())
+
+        def native(self):
+            if self.kept is None:
+                self.kept = native_side(self, VOCABULARY.num_words)
+            return self.kept[0]
+
+        monkeypatch.setattr(SmallMatcher, "native", native, raising=False)
+    return request.param
 
 
 def engine_of(drafts: object = None, num_kinds: int = 1 << 30, window: int = 1 << 30, **settings: object) -> Engine:
@@ -560,3 +579,32 @@ def test_with_drafts_masks_beside_and_checks_behind_are_the_same(temperature):
         assert run_to_end(engine, ask("a", sampling)) == plain
         assert engine.stats().num_draft_tokens_accepted > 0
         engine.close()
+
+
+@pytest.mark.skipif(not plugmesh_kernels.available(), reason=plugmesh_kernels.why_not())
+@pytest.mark.parametrize("jump", [False, True])
+@pytest.mark.parametrize("way", ["checked natively"], indirect=True)
+def test_what_is_checked_without_python_is_what_python_would_have_done(way, jump):
+    """The same tokens in the same events, as many draws and masks, greedy and hot, alone and beside others; and Python is asked only where text is forced or may end."""
+    sampling = [GREEDY, *(dataclasses.replace(GREEDY, temperature=1.3, seed=s, num_sequences=2) for s in range(6))]
+    grammars = [GRAMMAR, compile_small(record(name=WORD, age=INTEGER, note=STRING)), compile_small(star(one_of(LETTERS)))]
+
+    def run(engine):
+        found = run_to_end(engine, *(ask(f"{i}.{k}", s, g) for i, s in enumerate(sampling) for k, g in enumerate(grammars)))
+        check_clean(engine)
+        counters = dataclasses.asdict(engine._grammars.counters)
+        engine.close()
+        return found, {name: counters[name] for name in ("num_checked", "num_redrawn", "num_jumped_tokens", "num_errors")}
+
+    natively = engine_of(jump_forward=jump)
+    asked, looked, advance = [], [], natively._grammars.advance
+    check = natively._native_checks._check
+    natively._native_checks._check = lambda rows, *args: (asked.extend(rows), check(rows, *args))[1]
+    natively._grammars.advance = lambda parts: (looked.extend(parts), advance(parts))[1]
+    in_python = engine_of(jump_forward=jump)
+    in_python._native_checks = None
+    found, counters = run(natively)
+
+    assert (found, counters) == run(in_python)
+    assert len(asked) == counters["num_checked"] + counters["num_redrawn"] > 500 and counters["num_redrawn"] > 50
+    assert all(part.is_accepted for part in looked) and 0 < len(looked) < len(asked)

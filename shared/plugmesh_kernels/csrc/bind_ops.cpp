@@ -95,35 +95,14 @@ void mask_rows(Exact<float> logits, Exact<uint32_t> masks, Array<int32_t> rows, 
   for (py::ssize_t i = 0; i < count; ++i) pass.forbid(x + at[i] * n, int(n), mask + i * words);
 }
 
-// A draw from the allowed tokens of one row. Few of them are gathered first: a word of the mask without a bit stands for 32 tokens that need not be looked at.
 int draw_allowed(Array<float> logits, Exact<uint32_t> mask, float temperature, double u, const std::string& isa) {
   require(logits.ndim() == 1 && mask.ndim() == 1 && mask.size() * 32 >= logits.size(), "logits: (V,), one bit per token");
-  const int n = int(logits.size()), words = (n + 31) / 32;
   const SamplePasses& pass = passes(isa);
   const float* x = logits.data();
   const uint32_t* bits = mask.data();
-  const SampleParams params{temperature, 0, 1.0f, 0.0f, u};
+  const int n = int(logits.size());
   py::gil_scoped_release release;
-  thread_local std::vector<float> values, scratch;
-  thread_local std::vector<int> ids;
-  ids.clear();
-  const size_t few = size_t(n) / 8;
-  for (int w = 0; w < words && ids.size() <= few; ++w)
-    for (uint32_t rest = bits[w]; rest != 0; rest &= rest - 1) {
-      const int id = w * 32 + __builtin_ctz(rest);
-      if (id < n) ids.push_back(id);
-    }
-  if (ids.size() <= few) {
-    values.resize(ids.size());
-    for (size_t i = 0; i < ids.size(); ++i) values[i] = x[ids[i]];
-    scratch.resize(std::max<size_t>(ids.size(), 1));
-    const int at = ids.empty() ? -1 : sample_row_with(pass, values.data(), int(ids.size()), params, scratch.data());
-    return at < 0 ? -1 : ids[size_t(at)];
-  }
-  values.assign(x, x + n);
-  scratch.resize(size_t(n));
-  pass.forbid(values.data(), n, bits);
-  return sample_row_with(pass, values.data(), n, params, scratch.data());
+  return draw_allowed_with(pass, x, n, bits, temperature, u);
 }
 
 py::array_t<float> rms_norm(const std::string& isa, Array<float> x, Array<float> weight, float eps) {

@@ -6,8 +6,30 @@
 #include <exception>
 #include <tuple>
 
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
 namespace pm {
 namespace {
+
+// Copies past the caches: 32 rows of logits are 6 MB, and reading a line before it is written whole costs as much as writing it. stream_end() before others read.
+void stream(const float* from, int n, float* to) {
+#if defined(__SSE2__)
+  int i = 0;
+  for (; i < n && (reinterpret_cast<uintptr_t>(to + i) & 15); ++i) to[i] = from[i];
+  for (; i + 4 <= n; i += 4) _mm_stream_ps(to + i, _mm_loadu_ps(from + i));
+  for (; i < n; ++i) to[i] = from[i];
+#else
+  std::memcpy(to, from, size_t(n) * 4);
+#endif
+}
+
+void stream_end() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
 
 constexpr int TOKEN_CHUNK = 256;  // rows of activations that stay in the second-level cache beside a unit's weights
 constexpr int SMALL_STEP = 2;     // up to so many rows every thread normalises and encodes for itself: that costs less than a barrier
@@ -161,6 +183,7 @@ void Executor::plan(const std::vector<StepSequence>& sequences) {
   row_position_.clear();
   wanted_row_.clear();
   wanted_full_.clear();
+  rarely_read_.clear();
   int num_full = 0;
   for (size_t i = 0; i < sequences_.size(); ++i) {
     const StepSequence& s = sequences_[i];
@@ -172,6 +195,7 @@ void Executor::plan(const std::vector<StepSequence>& sequences) {
       if (r >= s.num_rows - s.num_wanted) {
         wanted_row_.push_back(int(row_token_.size()) - 1);
         wanted_full_.push_back(s.full ? num_full++ : -1);
+        rarely_read_.push_back(s.rarely_read);
       }
     }
   }
@@ -774,9 +798,15 @@ void Executor::head(int thread, int32_t* best, float* logits) {
       for (int r = 0; r < num_wanted_; ++r) {
         const float* y = state.a.data() + size_t(r) * width;
         look(y, r, column, n);
-        if (wanted_full_[r] >= 0) std::memcpy(logits + size_t(wanted_full_[r]) * v + column, y, size_t(n) * 4);
+        if (wanted_full_[r] < 0) continue;
+        float* to = logits + size_t(wanted_full_[r]) * v + column;
+        if (rarely_read_[r])
+          stream(y, n, to);
+        else
+          std::memcpy(to, y, size_t(n) * 4);
       }
     }
+    stream_end();
   }
   pool_.barrier();
   if (thread != 0) return;

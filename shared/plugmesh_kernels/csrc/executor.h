@@ -65,6 +65,7 @@ struct StepSequence {
   const int32_t* blocks;
   int num_wanted;  // the last rows whose best token is wanted
   bool full;       // and their logits
+  bool rarely_read = false;  // which are to leave the caches to others
 };
 
 // Rows of one sequence's residual stream, asked for along with a step.
@@ -189,6 +190,7 @@ class Executor {
   std::vector<StepSequence> sequences_;
   std::vector<SequenceRows> ranges_;
   std::vector<int> row_sequence_, row_token_, row_position_, wanted_row_, wanted_full_;
+  std::vector<char> rarely_read_;  // of the wanted rows
   std::vector<AttentionUnit> units_;
   std::vector<PendingMerge> merges_;
   std::vector<int> merge_of_row_;  // first of merges_ that touches a row, -1 for none

@@ -11,4 +11,5 @@ PYBIND11_MODULE(_native, m) {
   bind_ops(m);
   bind_executor(m);
   bind_memory(m);
+  bind_matching(m);
 }

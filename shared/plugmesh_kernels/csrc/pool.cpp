@@ -16,6 +16,10 @@
 namespace pm {
 namespace {
 
+constexpr uint32_t SIDE_JOB = 1;  // the bit of the word that tells it from a run
+constexpr int WAITS = 4;          // a process that was suspended must see its thread run before a job is called hung
+constexpr auto BUSY_WAIT = std::chrono::microseconds(500);  // for a side job, before the caller sleeps: most are done by then
+
 #if defined(__linux__)
 void sleep_on(std::atomic<uint32_t>& word, uint32_t value) {
   static_assert(sizeof(std::atomic<uint32_t>) == 4, "a futex is 32 bits wide");
@@ -59,13 +63,14 @@ Pool::Pool(int num_threads, int spin_us, bool pin) : num_threads_(num_threads < 
   // The caller is not ours to pin. Workers take the processors from the end, where a caller that was started first is least likely to sit.
   for (int i = 1; i < num_threads_; ++i) {
     const int cpu = pin && num_threads_ <= int(cpus.size()) ? cpus[cpus.size() - i] : -1;
-    threads_.emplace_back([this, i, cpu] { work(i, cpu); });
+    if (i == 1) first_cpu_ = cpu;
+    threads_.emplace_back([this, i, cpu] { work(i, cpu, 0); });
   }
 }
 
 Pool::~Pool() {
   stop_.store(true);
-  job_.fetch_add(1);
+  job_.fetch_add(2);
   wake_all(job_);
   for (auto& t : threads_) t.join();
 }
@@ -78,11 +83,62 @@ void Pool::run(const std::function<void(int)>& body) {
   }
   body_ = &body;
   next_.store(0, std::memory_order_relaxed);
-  job_.fetch_add(1);  // seq_cst, as the load of sleeping_ below: a worker either sees the job or is seen asleep
-  if (sleeping_.load() > 0) wake_all(job_);
+  post(0);
   body(0);
   barrier();
   body_ = nullptr;
+}
+
+void Pool::post(uint32_t kind) {
+  job_.store(((job_.load(std::memory_order_relaxed) + 2) & ~SIDE_JOB) | kind);  // seq_cst, as the load of sleeping_: a worker either sees it or is seen asleep
+  if (sleeping_.load() > 0) wake_all(job_);
+}
+
+bool Pool::lend(const std::shared_ptr<SideJob>& job, double timeout_s) {
+  side_job_ = job;
+  post(SIDE_JOB);
+  const bool is_done = job->wait(timeout_s);
+  side_job_ = nullptr;
+  if (!is_done) {
+    threads_[0].detach();
+    const int cpu = first_cpu_;
+    const uint32_t seen = job_.load();
+    threads_[0] = std::thread([this, cpu, seen] { work(1, cpu, seen); });
+  }
+  return is_done;
+}
+
+bool SideJob::finish() {
+  int running = RUNNING;
+  if (!state_.compare_exchange_strong(running, DONE)) return false;
+  const std::lock_guard<std::mutex> lock(mutex_);  // so that nobody begins to sleep meanwhile
+  finished_.notify_all();
+  return true;
+}
+
+bool SideJob::wait(double timeout_s) {
+  const auto is_done = [this] { return state_.load(std::memory_order_acquire) == DONE; };
+  const auto busy_until = std::chrono::steady_clock::now() + BUSY_WAIT;
+  for (int i = 0; i < 1024; ++i) {
+    if (is_done()) return true;
+    cpu_relax();
+  }
+  do {
+    for (int i = 0; i < 64; ++i) {
+      if (is_done()) return true;
+      cpu_relax();
+    }
+    std::this_thread::yield();  // the worker may want this very processor
+  } while (std::chrono::steady_clock::now() < busy_until);
+  const auto slice = std::chrono::duration<double>(timeout_s / WAITS);
+  std::unique_lock<std::mutex> lock(mutex_);
+  for (int at = progress(), num_waits = 0; num_waits < WAITS;) {
+    if (finished_.wait_for(lock, slice, is_done)) return true;
+    num_waits = progress() == at ? num_waits + 1 : 0;
+    at = progress();
+  }
+  int running = RUNNING;
+  return !state_.compare_exchange_strong(running, ABANDONED);
 }
 
 void Pool::barrier() {
@@ -106,11 +162,11 @@ void Pool::barrier() {
   }
 }
 
-void Pool::wait_for_job(uint32_t seen) {
+uint32_t Pool::wait_for_job(uint32_t seen) {
   const auto until = std::chrono::steady_clock::now() + std::chrono::microseconds(spin_us_);
   while (true) {
     for (int i = 0; i < 64; ++i) {
-      if (job_.load(std::memory_order_acquire) != seen) return;
+      if (const uint32_t now = job_.load(std::memory_order_acquire); now != seen) return now;
       cpu_relax();
     }
     if (std::chrono::steady_clock::now() >= until) break;
@@ -118,15 +174,22 @@ void Pool::wait_for_job(uint32_t seen) {
   sleeping_.fetch_add(1);
   while (job_.load() == seen) sleep_on(job_, seen);
   sleeping_.fetch_sub(1);
+  return job_.load();
 }
 
-void Pool::work(int thread, int cpu) {
+void Pool::work(int thread, int cpu, uint32_t seen) {
   if (cpu >= 0) pin_to(cpu);
-  for (uint32_t seen = 0;; ++seen) {
-    wait_for_job(seen);
+  for (;;) {
+    seen = wait_for_job(seen);
     if (stop_.load()) return;
-    (*body_)(thread);
-    barrier();
+    if (!(seen & SIDE_JOB)) {
+      (*body_)(thread);
+      barrier();
+    } else if (thread == 1) {
+      const std::shared_ptr<SideJob> job = side_job_;
+      job->run();
+      if (!job->finish()) return;  // a new thread has this one's place, and there may be no pool any more
+    }
   }
 }
 

@@ -1,8 +1,11 @@
 // Threads that run one step together: a caller and its workers, spinning briefly between phases, asleep between steps.
 #pragma once
 #include <atomic>
+#include <condition_variable>
 #include <cstdint>
 #include <functional>
+#include <memory>
+#include <mutex>
 #include <thread>
 #include <vector>
 
@@ -15,6 +18,24 @@ inline void cpu_relax() {
   asm volatile("yield");
 #endif
 }
+
+// Foreign work that one worker does while the caller waits, and that is given up on when it takes too long.
+class SideJob {
+ public:
+  virtual ~SideJob() = default;
+  virtual void run() = 0;                // looks at is_abandoned() between its parts
+  virtual int progress() const = 0;      // changes when it goes on
+  bool is_abandoned() const { return state_.load(std::memory_order_acquire) == ABANDONED; }
+
+ private:
+  friend class Pool;
+  enum State { RUNNING, DONE, ABANDONED };
+  bool finish();                 // false when it was given up on meanwhile
+  bool wait(double timeout_s);   // false when progress() did not change for so long; it is given up on then
+  std::atomic<int> state_{RUNNING};
+  std::mutex mutex_;
+  std::condition_variable finished_;
+};
 
 // One thread owns the pool and calls run(); `num_threads` counts it. Workers spin for `spin_us` after a step, then sleep on a futex, so that an idle
 // pool costs nothing. A pool that finds itself in a forked child has no workers there and must not be used.
@@ -30,6 +51,10 @@ class Pool {
   // Calls body(thread) on every thread, 0 being the caller, and returns when all are done.
   void run(const std::function<void(int)>& body);
 
+  // Has a worker do the job; there must be one. False when it was given up on: the worker's thread has been replaced then, and ends should the job
+  // ever come back, so whatever the job looks at must stay where it is.
+  bool lend(const std::shared_ptr<SideJob>& job, double timeout_s);
+
   // Within body: waits for all threads. What they wrote before is visible after. Resets the claims.
   void barrier();
 
@@ -37,14 +62,17 @@ class Pool {
   int claim() { return next_.fetch_add(1, std::memory_order_relaxed); }
 
  private:
-  void work(int thread, int cpu);
-  void wait_for_job(uint32_t seen);
+  void work(int thread, int cpu, uint32_t seen);
+  uint32_t wait_for_job(uint32_t seen);
+  void post(uint32_t kind);
 
   const int num_threads_;
   const int spin_us_;
   const std::function<void(int)>* body_ = nullptr;
+  std::shared_ptr<SideJob> side_job_;
+  int first_cpu_ = -1;  // of the first worker, -1 when it is not pinned
   std::vector<std::thread> threads_;
-  alignas(64) std::atomic<uint32_t> job_{0};  // grows with every run; the futex word
+  alignas(64) std::atomic<uint32_t> job_{0};  // grows by two with every run, odd for a side job; the futex word
   alignas(64) std::atomic<int> sleeping_{0};
   alignas(64) std::atomic<int> arrived_{0};
   alignas(64) std::atomic<uint32_t> generation_{0};

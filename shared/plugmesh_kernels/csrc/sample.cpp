@@ -9,6 +9,7 @@
 #include <functional>
 #include <limits>
 #include <string>
+#include <vector>
 
 #include "cpu.h"
 
@@ -195,6 +196,32 @@ int sample_row(const float* logits, int n, const SampleParams& p, float* scratch
 
 void logprobs_row(const float* logits, int n, int token, int num_top, float* token_logprob, int* top_ids, float* top_values) {
   logprobs_row_with(sample_passes(), logits, n, token, num_top, token_logprob, top_ids, top_values);
+}
+
+int draw_allowed_with(const SamplePasses& pass, const float* logits, int n, const uint32_t* mask, float temperature, double u) {
+  const SampleParams params{temperature, 0, 1.0f, 0.0f, u};
+  const int words = (n + 31) / 32;
+  thread_local std::vector<float> values, scratch;
+  thread_local std::vector<int> ids;
+  ids.clear();
+  // Few allowed tokens are gathered first: a word of the mask without a bit stands for 32 tokens that need not be looked at.
+  const size_t few = size_t(n) / 8;
+  for (int w = 0; w < words && ids.size() <= few; ++w)
+    for (uint32_t rest = mask[w]; rest != 0; rest &= rest - 1) {
+      const int id = w * 32 + __builtin_ctz(rest);
+      if (id < n) ids.push_back(id);
+    }
+  if (ids.size() <= few) {
+    values.resize(ids.size());
+    for (size_t i = 0; i < ids.size(); ++i) values[i] = logits[ids[i]];
+    scratch.resize(std::max<size_t>(ids.size(), 1));
+    const int at = ids.empty() ? -1 : sample_row_with(pass, values.data(), int(ids.size()), params, scratch.data());
+    return at < 0 ? -1 : ids[size_t(at)];
+  }
+  values.assign(logits, logits + n);
+  scratch.resize(size_t(n));
+  pass.forbid(values.data(), n, mask);
+  return sample_row_with(pass, values.data(), n, params, scratch.data());
 }
 
 }  // namespace pm

@@ -26,6 +26,8 @@ const SamplePasses& sample_passes();                 // of the instruction set i
 const SamplePasses& sample_passes(const char* isa);  // throws std::invalid_argument when the CPU lacks it
 
 int sample_row_with(const SamplePasses& pass, const float* logits, int n, const SampleParams& p, float* scratch);
+// A token of those with a bit in `mask`, as sample_row_with draws one without filters; -1 when none has a finite logit.
+int draw_allowed_with(const SamplePasses& pass, const float* logits, int n, const uint32_t* mask, float temperature, double u);
 void logprobs_row_with(const SamplePasses& pass, const float* logits, int n, int token, int num_top, float* token_logprob, int* top_ids,
                        float* top_values);
 

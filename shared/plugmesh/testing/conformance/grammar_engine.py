@@ -21,13 +21,14 @@ from hypothesis import strategies as st
 
 from plugmesh import cards
 from plugmesh.errors import DataLoss, UnsupportedGrammar
-from plugmesh.grammar.seams import CompiledGrammar, GrammarEngine, GrammarVocabulary, Matcher
+from plugmesh.grammar.seams import CompiledGrammar, GrammarEngine, GrammarVocabulary, Matcher, NativeMatcher
 from plugmesh.grammar.syntax import Alt, Grammar, Repeat, Seq, Text
 from plugmesh.records import GrammarEngineRecord
 from plugmesh.testing import grammar_oracle
 from plugmesh.testing.conformance.base import RecordConformance
 from plugmesh.testing.grammar_cases import CASES, grammars
 from plugmesh.testing.grammar_oracle import Oracle, as_set, differing
+from plugmesh.testing.native_matcher import ACCEPT, FORCED, STANDING, NativeSide
 
 PACKAGES = ("shared", "services", "plugins")
 QUICK: dict[str, Any] = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
@@ -115,6 +116,36 @@ class GrammarEngineConformance(RecordConformance):
         compiled = self.ready(record, engine, CASES[case])
         for seed in range(2):
             walk(compiled.matcher(), oracle_of(case), vocabulary(), random.Random(seed), self.num_steps)
+
+    @pytest.mark.parametrize("case", ["one text", "an object", "split characters", "json", "any characters", "nullable in a row"])
+    def test_the_native_side_is_the_same_matcher(self, record: GrammarEngineRecord, engine: GrammarEngine, case: str) -> None:
+        """Both sides of one matcher in turns, beside another that knows its methods only."""
+        compiled, v = self.ready(record, engine, CASES[case]), vocabulary()
+        for seed in range(3):
+            rng, plain, matcher = random.Random(seed), compiled.matcher(), compiled.matcher()
+            capsule = matcher.native() if isinstance(matcher, NativeMatcher) else None
+            if capsule is None:
+                pytest.skip(f"{record.name} has none here")
+            native = NativeSide(capsule, v.num_words)
+            for _ in range(self.num_steps):
+                assert native.call(STANDING) == plain.is_completed | plain.is_terminated << 1
+                assert native.call(FORCED) == bool(plain.forced())
+                mask = np.zeros(v.num_words, np.uint32)
+                is_needed, found = plain.fill(mask), native.fill()
+                assert (found is not None) == is_needed and (found is None or np.array_equal(found, mask))
+                allowed = sorted(as_set(mask_of(plain, v)))
+                refused = [t for t in rng.sample(range(v.vocab_size), 12) if t not in allowed]
+                assert [native.call(ACCEPT, t) for t in (*refused, -1, v.vocab_size, 1 << 30)] == [0] * (len(refused) + 3)
+                token = rng.choice(allowed)
+                assert plain.accept(token)
+                assert matcher.accept(token) if rng.random() < 0.5 else native.call(ACCEPT, token) == 1
+                if plain.is_terminated:
+                    break
+                if rng.random() < 0.3:
+                    plain.rollback(1)
+                    matcher.rollback(1)
+            assert native.call(STANDING) == plain.is_completed | plain.is_terminated << 1
+            assert native.call(99) < 0, "an unknown question is a failure"
 
     def test_each_of_its_languages_means_the_same(self, record: GrammarEngineRecord, engine: GrammarEngine) -> None:
         names = ["any characters but", "counts", "control characters", "signs of every notation", "split characters", "numbers", "nullable in a row"]
