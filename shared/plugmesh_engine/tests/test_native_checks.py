@@ -28,7 +28,7 @@ class Row:
         self.matcher, self.reference = grammar.matcher(), grammar.matcher()
         self.seed, self.temperature = seed, temperature
         self.capsule, self.kept = native_side(self.matcher, V.num_words)
-        self.native = plugmesh_kernels.native().MatchRow(self.capsule, self.matcher, V.num_words, seed, 3, temperature)
+        self.native = plugmesh_kernels.native().MatchRow(self.capsule, (self.matcher, self.kept), V.num_words, seed, 3, temperature)
 
     def expected(self, token: int, position: int, logits: np.ndarray) -> tuple[int, int]:
         k, flags = plugmesh_kernels.native(), 0
@@ -85,18 +85,19 @@ def test_checks_and_runs_in_any_order_on_one_pool(num_threads, acts, seed):
 @pytest.mark.parametrize("kind", ["two threads", "three threads", "its own"])
 def test_a_matcher_that_hangs_loses_its_thread_and_nothing_else(kind):
     e = plugmesh_kernels.native().MatchThread() if kind == "its own" else executor({"two threads": 2, "three threads": 3}[kind])
+    grammar = compile_small(star(one_of(LETTERS)))
     gate, entered = threading.Event(), threading.Event()
 
-    class Hangs(type(compile_small(WORD).matcher())):
+    class Hangs(type(grammar.matcher())):
         def accept(self, token_id):
             entered.set()
             gate.wait(60)
             return super().accept(token_id)
 
     logits = np.zeros((3, VOCAB), np.float32)
-    letter = next(t for t in range(VOCAB) if compile_small(WORD).matcher().accept(t) and t not in V.special_ids)
+    letter = next(t for t in range(VOCAB) if grammar.matcher().accept(t) and t not in V.special_ids)
     for _ in range(3):
-        rows = [Row(compile_small(WORD), 1, 0.0) for _ in range(3)]
+        rows = [Row(grammar, 1, 0.0) for _ in range(3)]
         bad = Hangs(rows[1].matcher.grammar, list(rows[1].matcher.history))
         rows[1].capsule, rows[1].kept = native_side(bad, V.num_words)
         rows[1].native = plugmesh_kernels.native().MatchRow(rows[1].capsule, (bad, rows[1].kept), V.num_words, 1, 0, 0.0)
