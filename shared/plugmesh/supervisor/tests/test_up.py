@@ -229,9 +229,9 @@ def started(tmp_path: pathlib.Path, **env: str) -> Up:
 def test_a_second_ctrl_c_stops_at_once_and_leaves_nothing_either(tmp_path: pathlib.Path) -> None:
     up = started(tmp_path)
     try:
-        for p in up.children():
-            if "plugmesh_gateway" in " ".join(p.cmdline()):
-                p.suspend()  # a service that will never drain
+        gateways = lambda: [p for p in up.children() if "plugmesh_gateway" in " ".join(p.cmdline())]  # noqa: E731
+        for p in until(gateways, 10, "the gateway's process"):
+            p.suspend()  # a service that will never drain
         up.process.send_signal(signal.SIGINT)
         until(lambda: "draining" in up.text(), 10, "the first one is heard")
         assert up.process.poll() is None
