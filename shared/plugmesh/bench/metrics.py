@@ -172,6 +172,20 @@ class Spread:
         return cls(statistics.median(found), min(found), max(found), len(found)) if found else None
 
 
+def median_interval(values: Iterable[float]) -> tuple[float, float] | None:
+    """Between which two of the values the median of whatever they are drawn from lies, with a confidence of 95 % or a little more, whatever its distribution.
+
+    The number of values below the true median is binomial. None of fewer than six values.
+    """
+    found = sorted(values)
+    n = len(found)
+    below, k = 0.0, 0
+    while below + math.comb(n, k) / 2**n <= 0.025:
+        below += math.comb(n, k) / 2**n
+        k += 1
+    return (found[k - 1], found[n - k]) if k else None
+
+
 def paired_ratio(ours: dict[int, float], theirs: dict[int, float]) -> Spread | None:
     """Ours / theirs, round by round: a disturbance that hits a round hits both sides of its ratio. Rounds that one side lacks are left out."""
     return Spread.of(ours[r] / theirs[r] for r in sorted(ours.keys() & theirs.keys()) if theirs[r])

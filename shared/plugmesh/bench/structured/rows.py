@@ -87,12 +87,12 @@ def _spread(s: Mapping[str, float], unit: str = "", sign: bool = False) -> str:
 
 def _overhead(part: Mapping[str, Any]) -> list[Grid]:
     rows = tuple(
-        (line["measure"], line["engine"], _spread(line["free_ms"]), _spread(line["constrained_ms"]), _spread(line["increase_percent"], " %", sign=True), f"{line['must']:g} %",
-         "holds" if line["holds"] else "missed")
+        (line["measure"], line["engine"], _spread(line["free_ms"]), _spread(line["constrained_ms"]), _spread(line["increase_percent"], " %", sign=True),
+         "{:+.1f} to {:+.1f}".format(*line["median_between"]) if line.get("median_between") else "?", f"{line['must']:g} %", "holds" if line["holds"] else "missed")
         for line in part["lines"]
     )  # fmt: skip
     notes = tuple(f"failed: {f['where']}: {f['reason'][:300]}" for f in part["failures"])
-    return [Grid("time per output token, ms: with a schema against without", ("measure", "engine", "free", "constrained", "increase", "at most", ""), rows, notes)]
+    return [Grid("time per output token, ms: with a schema against without", ("measure", "engine", "free", "constrained", "increase", "its median, 95 %", "at most", ""), rows, notes)]
 
 
 def _times(part: Mapping[str, Any]) -> list[Grid]:

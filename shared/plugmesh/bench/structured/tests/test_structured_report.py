@@ -113,3 +113,16 @@ def test_wrong_options_are_refused_before_anything_starts(arguments: list[str]) 
 
     assert result.exit_code != 0
     assert result.exception is not None and arguments[0] in str(result.exception)
+
+
+def test_a_median_is_as_certain_as_its_order_statistics() -> None:
+    """The coverage of the interval over draws whose median is known, and its shape."""
+    import random
+
+    from plugmesh.bench.metrics import median_interval
+
+    assert median_interval([1.0] * 5) is None and median_interval([3, 1, 2, 6, 5, 4]) == (1, 6)
+    assert median_interval(range(20)) == (5, 14)
+    rng = random.Random(1)
+    hits = sum(low <= 0.0 <= high for low, high in (median_interval([rng.gauss(0, 1) ** 3 for _ in range(25)]) or (1, 1) for _ in range(2000)))
+    assert 0.94 < hits / 2000 < 0.985
