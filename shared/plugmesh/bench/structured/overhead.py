@@ -91,7 +91,11 @@ async def _compiled(engine: StructuredEngine, engines: Sequence[str], schemas: S
 
 
 def lines_of(results: Mapping[str, Mapping[str, Mapping[int, Mapping[str, Any]]]]) -> list[dict[str, Any]]:
-    """Per measure and engine: milliseconds per token with and without, and the increase in percent, round by round. Runs of other lengths than asked for count not."""
+    """Per measure and engine: milliseconds per token with and without, and the increase in percent, round by round. Runs of other lengths than asked for count not.
+
+    `increase` is of a run's time divided by its tokens, `interval` of the median time between two tokens of a run: a neighbour that takes the processor for part
+    of a run is in the first and not in the second, and so is what happens at few tokens only. The `between` are where the median over the rounds lies.
+    """
     found = []
     for measure, sides in results.items():
         free = _tpots(sides.get(FREE, {}))
@@ -99,14 +103,17 @@ def lines_of(results: Mapping[str, Mapping[str, Mapping[int, Mapping[str, Any]]]
             if side == FREE:
                 continue
             ours = _tpots(rounds)
-            increases = [(ours[r] / free[r] - 1) * 100 for r in sorted(ours.keys() & free.keys())]
-            increase = Spread.of(increases)
+            both = sorted(ours.keys() & free.keys())
+            increases = [(ours[r] / free[r] - 1) * 100 for r in both]
+            of_intervals = [(rounds[r]["itl_ms"]["p50"] / sides[FREE][r]["itl_ms"]["p50"] - 1) * 100 for r in both if rounds[r].get("itl_ms")]
+            increase, typical = Spread.of(increases), Spread.of(of_intervals)
             mine, theirs = Spread.of(ours.values()), Spread.of(free.values())
             if increase is None or mine is None or theirs is None:
                 continue
             found.append({
                 "measure": measure, "engine": side, "free_ms": asdict(theirs), "constrained_ms": asdict(mine), "increase_percent": asdict(increase),
-                "median_between": median_interval(increases),
+                "median_between": median_interval(increases), "interval_percent": asdict(typical) if typical else None,
+                "interval_between": median_interval(of_intervals),
                 "must": MAX_INCREASE, "holds": increase.median <= MAX_INCREASE,
             })  # fmt: skip
     return found

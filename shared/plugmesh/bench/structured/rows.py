@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,14 +85,20 @@ def _spread(s: Mapping[str, float], unit: str = "", sign: bool = False) -> str:
     return f"{text(s['median'])}{unit}" + (f" ({text(s['low'])} to {text(s['high'])})" if s["num"] > 1 else "")
 
 
+def _median(s: Mapping[str, float] | None, between: Sequence[float] | None) -> str:
+    if not s:
+        return "?"
+    return f"{s['median']:+.1f} %" + (f" ({between[0]:+.1f} to {between[1]:+.1f})" if between else "")
+
+
 def _overhead(part: Mapping[str, Any]) -> list[Grid]:
     rows = tuple(
-        (line["measure"], line["engine"], _spread(line["free_ms"]), _spread(line["constrained_ms"]), _spread(line["increase_percent"], " %", sign=True),
-         "{:+.1f} to {:+.1f}".format(*line["median_between"]) if line.get("median_between") else "?", f"{line['must']:g} %", "holds" if line["holds"] else "missed")
+        (line["measure"], line["engine"], _spread(line["free_ms"]), _spread(line["constrained_ms"]), _median(line["increase_percent"], line.get("median_between")),
+         _median(line.get("interval_percent"), line.get("interval_between")), f"{line['must']:g} %", "holds" if line["holds"] else "missed")
         for line in part["lines"]
     )  # fmt: skip
     notes = tuple(f"failed: {f['where']}: {f['reason'][:300]}" for f in part["failures"])
-    return [Grid("time per output token, ms: with a schema against without", ("measure", "engine", "free", "constrained", "increase", "its median, 95 %", "at most", ""), rows, notes)]
+    return [Grid("time per output token, ms: with a schema against without", ("measure", "engine", "free", "constrained", "increase (95 %)", "of the median interval", "at most", ""), rows, notes)]
 
 
 def _times(part: Mapping[str, Any]) -> list[Grid]:

@@ -27,7 +27,16 @@ def test_an_increase_is_the_median_over_rounds_of_the_ratio_within_a_round() -> 
 
     assert math.isclose(line["increase_percent"]["median"], 2.0) and line["holds"]
     assert math.isclose(line["increase_percent"]["high"], 10.0)
+    assert line["interval_percent"] is None and line["median_between"] is None  # of three rounds nothing is certain
     assert (20, 20.4) == (line["free_ms"]["median"], line["constrained_ms"]["median"])
+
+
+def test_the_interval_between_two_tokens_is_compared_too() -> None:
+    runs = {"m": {"free": {i: figures(10, itl_ms={"p50": 8}) for i in range(6)}, "x": {i: figures(11, itl_ms={"p50": 8 + i / 100}) for i in range(6)}}}
+    (line,) = overhead.lines_of(runs)
+
+    assert not line["holds"] and math.isclose(line["interval_percent"]["median"], 0.3125)
+    assert line["interval_between"] == (0.0, line["interval_percent"]["high"])
 
 
 def test_a_run_of_another_length_is_in_no_line() -> None:
