@@ -109,8 +109,9 @@ int forced(const State& s) {
   if (!call(s, s.library->forced, none, 0, &result)) return -1;
   if (result.type_index == kTVMFFISmallStr) return result.small_str_len != 0;
   if (result.type_index != kTVMFFIStr) return -1;
+  const bool is_any = reinterpret_cast<const TVMFFIByteArray*>(result.v_obj + 1)->size != 0;  // follows the object's header
   s.library->release(result.v_obj);
-  return 1;  // one that is not small is not empty
+  return is_any;
 }
 
 }  // namespace
