@@ -77,7 +77,9 @@ def test_generated_protos_are_in_the_wheel(names: set[str]) -> None:
 
 
 def test_data_files_are_in_the_wheel(names: set[str]) -> None:
-    wanted = {"plugmesh/py.typed"} | {f"plugmesh_kernels/csrc/{p.name}" for p in (ROOT / "shared/plugmesh_kernels/csrc").iterdir()}
+    native = [p for top in ("shared", "plugins") for p in (ROOT / top).glob("*/csrc/*") if p.suffix in (".cpp", ".h", ".inc")]
+    assert {"plugmesh_kernels", "plugmesh_qserve", "plugmesh_xgrammar"} <= {p.parent.parent.name for p in native}
+    wanted = {"plugmesh/py.typed"} | {f"{p.parent.parent.name}/csrc/{p.name}" for p in native}
     for package in packages():
         wanted |= {f"{package.name}/{f}" for f in ("plugin.toml", "README.md", "py.typed") if (package / f).exists()}
         wanted |= {str(p.relative_to(package.parent)) for end in ("ini", "mako", "html", "jinja", "txt") for p in package.rglob(f"*.{end}") if "tests" not in p.parts}
