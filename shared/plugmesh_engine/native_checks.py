@@ -14,7 +14,6 @@ import numpy as np
 import structlog
 
 from plugmesh.errors import GrammarTimeout, InternalError, PlugmeshError
-from plugmesh.grammar.seams import NativeMatcher
 from plugmesh_engine.sampler import SECOND
 
 if TYPE_CHECKING:
@@ -90,7 +89,8 @@ class NativeChecks:
     def row(self, cursor: Cursor, seed: int, sequence: int, temperature: float) -> Any:
         """The native side of a sequence, or None. `seed` and `sequence` name its random numbers."""
         matcher = cursor.matcher
-        capsule = matcher.native() if isinstance(matcher, NativeMatcher) else None
+        native = getattr(matcher, "native", None)  # of a `NativeMatcher`
+        capsule = native() if native is not None else None
         if capsule is None:
             return None
         return self._kernels.MatchRow(capsule, matcher, cursor.num_words, (seed ^ SECOND) & _64_BITS, sequence, temperature)

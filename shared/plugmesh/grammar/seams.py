@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     import numpy as np
@@ -70,7 +70,6 @@ class Matcher(Protocol):
         """An independent copy."""
 
 
-@runtime_checkable
 class NativeMatcher(Protocol):
     """What a matcher may offer besides: the same matcher for a caller without Python, which saves tens of microseconds of a step."""
 

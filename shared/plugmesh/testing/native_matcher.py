@@ -31,7 +31,7 @@ def native_side(matcher: Matcher, num_words: int) -> tuple[object, object]:
     def called(state: int | None, op: int, token: int, mask: Any) -> int:
         try:
             return int(answer(op, token, mask))
-        except Exception:
+        except Exception:  # C has no exceptions: the engine is told that the matcher failed, and ends the request
             return -1
 
     function = _Function(called)

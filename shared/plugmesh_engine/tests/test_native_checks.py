@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -111,8 +112,11 @@ def test_a_matcher_that_hangs_loses_its_thread_and_nothing_else(kind):
         if kind != "its own":
             assert sampled(e, np.eye(3, VOCAB, dtype=np.float32)) == [0, 1, 2]
     gate.set()  # those that were given up on come back, and may not touch the pool or go on to the third matcher
-    until = threading.Event()
-    until.wait(0.05)
+    deadline = time.monotonic() + 10
+    while len(bad.history) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(bad.history) == 2
+    time.sleep(0.05)
     assert len(rows[2].matcher.history) == 2
     if kind != "its own":
         assert sampled(e, np.eye(3, VOCAB, dtype=np.float32)) == [0, 1, 2]

@@ -5,8 +5,9 @@
 namespace pm {
 
 void MatchJob::run() {
-  for (size_t i = 0; i < parts.size() && !is_abandoned(); ++i) {
-    at_ = int(i);
+  for (size_t i = 0; i < parts.size(); ++i) {
+    at_ = int(i);  // before the look: whoever gives up reads it afterwards, so one of both sees the other, and no part is done twice
+    if (is_abandoned()) return;
     check(parts[i]);
   }
 }

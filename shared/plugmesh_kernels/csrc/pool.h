@@ -25,7 +25,7 @@ class SideJob {
   virtual ~SideJob() = default;
   virtual void run() = 0;                // looks at is_abandoned() between its parts
   virtual int progress() const = 0;      // changes when it goes on
-  bool is_abandoned() const { return state_.load(std::memory_order_acquire) == ABANDONED; }
+  bool is_abandoned() const { return state_.load() == ABANDONED; }
 
  private:
   friend class Pool;
