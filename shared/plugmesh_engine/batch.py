@@ -18,7 +18,8 @@ class Rows:
         blocks: The sequence's blocks in order, with room for the new tokens.
         num_wanted: The last so many rows give an output: 0 for a chunk that ends before its prompt, 1 usually, 1 + k with k drafted tokens.
         full: The logits of the wanted rows are needed; otherwise their best token is enough.
-        rarely_read: Mostly nobody will look at those logits, so they need not take room in the processor's caches.
+        kept: Nobody wants those logits but a matcher that may refuse the best token: the executor keeps what it takes to find the next best
+            (`seams.Executor.begin_matches`). Not with `full`; only for an executor that `keeps_logits`.
     """
 
     token_ids: Sequence[int]
@@ -26,7 +27,7 @@ class Rows:
     blocks: Sequence[int]
     num_wanted: int = 0
     full: bool = False
-    rarely_read: bool = False
+    kept: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -137,6 +137,7 @@ class Cursor:
         is_over: Nothing but an end may follow.
         native: Of `native_checks.NativeChecks.row`; None before it was asked for, False when there is none.
         jumps: Forced text is to be appended.
+        checked_as: Its entry among the tokens that the step checks natively, -1 when it is none of them.
         error: The sequence's request is to end with it.
     """
 
@@ -149,6 +150,7 @@ class Cursor:
     is_over: bool = False
     native: Any = None
     jumps: bool = False
+    checked_as: int = -1
     error: PlugmeshError | None = None
 
     def mask(self, row: int) -> np.ndarray | None:

@@ -26,8 +26,8 @@ from plugmesh_engine.forks import Holds, Origin
 from plugmesh_engine.kv.pool import BlockPool
 from plugmesh_engine.kv.view import PoolView
 from plugmesh_engine.measure import measure_step_ms, teacher_forced
-from plugmesh_engine.native_checks import NativeChecks
-from plugmesh_engine.obeying import Obeying, told_tokens
+from plugmesh_engine.native_checks import Checking, NativeChecks
+from plugmesh_engine.obeying import Obeying
 from plugmesh_engine.outcome import (
     MAX_SCORED_ROWS,
     Sampled,
@@ -120,6 +120,7 @@ class Engine(Obeying, Swapping):
         self._swap: Swap | None = None
         self._num_swaps = 0
         self._filling: list[Seq] = []
+        self._checking: Checking | None = None
         self._filtering: Filtering | None = None
         if prompt_filter is not None:
             self._filtering = Filtering(
@@ -452,7 +453,7 @@ class Engine(Obeying, Swapping):
                 if p.seq.state is not State.RUNNING:  # its sibling failed
                     continue
                 try:
-                    part = self._compute([p])
+                    part = self._compute([p], keeps=False)  # what is kept is of one run
                     parts.append((part.best.copy(), part.logits.copy()))
                     hidden.extend(part.hidden)
                     done.append(p)
@@ -474,8 +475,9 @@ class Engine(Obeying, Swapping):
                 self._fork(s)
         return done, result
 
-    def _compute(self, plan: list[Planned]) -> StepResult:
-        rows, taps = [rows_of(p) for p in plan], taps_of(plan)
+    def _compute(self, plan: list[Planned], *, keeps: bool = True) -> StepResult:
+        keeps = keeps and self._native_checks is not None and self._native_checks.keeps_logits
+        rows, taps = [rows_of(p, keeps=keeps) for p in plan], taps_of(plan)
         return self._executor.run(rows, taps) if taps else self._executor.run(rows)
 
     def _sample(self, plan: list[Planned], result: StepResult | None) -> list[Sampled]:
@@ -484,6 +486,7 @@ class Engine(Obeying, Swapping):
         best = result.best.tolist() if result is not None else []
         if self._drafter is not None and -1 in best:
             drop_bad_drafts(plan, best, self._pool)
+        self._check_best(plan, result, best)
         self._after_compute(plan)
         return [] if result is None else choose_tokens(
             plan, result, best, self._siblings, self._choose, self._eos, checks_later=not self._overlaps_masks
@@ -495,15 +498,13 @@ class Engine(Obeying, Swapping):
 
     def _append(self, sampled: list[Sampled]) -> None:
         """Appends the tokens, a drafted one only where the sampler chose the same, and ends what is complete."""
-        obeyed = self._obey(sampled)
-        for s, p, infos in sampled:
+        for s, p, infos, advance in self._obey(sampled):
             if s.state is not State.RUNNING:  # a sibling's error ended the request, or its last token that all may generate together
                 continue
             if s.to_score:
                 self._append_scores(s, infos)
                 continue
-            step = obeyed.get(id(s))
-            if not self._extend(s, p, infos if step is None else told_tokens(step, infos), step):
+            if not self._extend(s, p, infos, advance):
                 self._fail(s.group, InternalError("the model gave no finite logits for this request"))
 
     def _extend(self, s: Seq, p: Planned | None, infos: Sequence[TokenInfo | None], obeyed: Advance | None) -> bool:

@@ -31,11 +31,11 @@ class Checking:
 
     Attributes:
         rows: From `NativeChecks.row`.
-        tokens: Drawn; accepted ones once `NativeChecks.run` returns.
+        tokens: Drawn.
         positions: Generated tokens before each.
-        logit_rows: Of the step's logits.
+        logit_rows: `Planned.first_logits`.
         asks_forced: Whether somebody wants to know if text is forced behind it.
-        needs_look: Filled in: the output may end behind the token, or text is forced.
+        runs: What is under way: the first entry and the end of each, and what the kernels gave for it.
     """
 
     cursors: list[Cursor] = field(default_factory=list)
@@ -44,33 +44,39 @@ class Checking:
     positions: list[int] = field(default_factory=list)
     logit_rows: list[int] = field(default_factory=list)
     asks_forced: list[bool] = field(default_factory=list)
-    needs_look: list[bool] = field(default_factory=list)
+    runs: list[tuple[int, int, Any]] = field(default_factory=list)
 
-    def add(self, cursor: Cursor, row: Any, token: int, position: int, logit_row: int) -> None:
+    def add(self, cursor: Cursor, row: Any, token: int, position: int, logit_row: int) -> int:
+        """The number of the new entry."""
         self.cursors.append(cursor)
         self.rows.append(row)
         self.tokens.append(token)
         self.positions.append(position)
         self.logit_rows.append(logit_row)
         self.asks_forced.append(cursor.jumps)
+        return len(self.rows) - 1
 
 
 class NativeChecks:
-    """Asks matchers on another thread, which is given up on with a matcher that hangs.
+    """Asks matchers on another thread, which is given up on with a matcher that hangs, while the engine's goes on with what they said before.
 
     Best on one of the executor's own: it spins for a moment after a forward pass, and to wake another takes longer than all the matchers of a step.
 
     Args:
         kernels: `plugmesh_kernels.native()`.
-        check: `check_matches` of an executor or of a `MatchThread`.
+        begin: `begin_matches` of an executor or of a `MatchThread`.
         timeout_s: For one matcher in one step.
+        keeps_logits: `Rows.kept` may be asked of the executor.
     """
 
-    def __init__(self, kernels: Any, check: Callable[..., tuple[list[int], list[int]]], timeout_s: float, counters: GrammarCounters) -> None:
+    def __init__(self, kernels: Any, begin: Callable[..., Any], timeout_s: float, counters: GrammarCounters, keeps_logits: bool = False) -> None:
+        self.keeps_logits = keeps_logits
         self._kernels = kernels
-        self._check = check
+        self._begin = begin
         self._timeout_s = timeout_s
         self._counters = counters
+        self._redrawn = kernels.MATCH_REDRAWN
+        self._nothing = kernels.MATCH_NOTHING
         self._is_error = kernels.MATCH_FAILED | kernels.MATCH_NOTHING
         self._needs_look = kernels.MATCH_COMPLETED | kernels.MATCH_TERMINATED | kernels.MATCH_IS_FORCED
 
@@ -84,7 +90,8 @@ class NativeChecks:
         if not plugmesh_kernels.available():
             return None
         kernels = plugmesh_kernels.native()
-        return cls(kernels, getattr(executor, "check_matches", None) or kernels.MatchThread().check_matches, timeout_s, counters)
+        begin = getattr(executor, "begin_matches", None) or kernels.MatchThread().begin_matches
+        return cls(kernels, begin, timeout_s, counters, getattr(executor, "keeps_logits", False))
 
     def row(self, cursor: Cursor, seed: int, sequence: int, temperature: float) -> Any:
         """The native side of a sequence, or None. `seed` and `sequence` name its random numbers."""
@@ -95,37 +102,52 @@ class NativeChecks:
             return None
         return self._kernels.MatchRow(capsule, matcher, cursor.num_words, (seed ^ SECOND) & _64_BITS, sequence, temperature)
 
-    def run(self, c: Checking, logits: np.ndarray) -> None:
-        """Fills in `tokens` and `needs_look`; sets `Cursor.error` of those that have no token.
+    def begin(self, c: Checking, logits: np.ndarray) -> None:
+        """Hands over the entries that were added since the last call. Only the step's own matchers may be asked until `result` told of them.
 
         Args:
-            logits: (R, vocab) float32 of the step.
+            logits: (R, vocab) float32 of the step, not to change meanwhile.
         """
-        tokens: list[int] = []
-        flags: list[int] = []
-        while len(tokens) < len(c.rows):
-            n = len(tokens)
-            more, told = self._check(c.rows[n:], c.tokens[n:], c.positions[n:], logits, c.logit_rows[n:], c.asks_forced[n:], self._timeout_s)
-            tokens += more
-            flags += told
-            if len(tokens) < len(c.rows):
-                log.error("engine.matcher_hangs", timeout_s=self._timeout_s)
-                self._fail(c.cursors[len(tokens)], GrammarTimeout(f"the grammar engine did not come back within {self._timeout_s:g} s"))
-                tokens.append(-1)
-                flags.append(0)
-        c.tokens, needs_look, is_error = tokens, self._needs_look, self._is_error
-        c.needs_look = [bool(f & needs_look) for f in flags]
-        for cursor in c.cursors:
-            cursor.num_ready = 0
-        redrawn = self._kernels.MATCH_REDRAWN
-        num_redrawn = sum(f & redrawn for f in flags)
-        self._counters.num_redrawn += num_redrawn
-        self._counters.num_masks_filled += num_redrawn
-        self._counters.num_checked += len(flags) - num_redrawn
-        self._counters.num_forced_calls += sum(c.asks_forced)
-        for at, f in enumerate(flags):
-            if f & is_error:
-                self._fail(c.cursors[at], InternalError(_WHY[bool(f & self._kernels.MATCH_NOTHING)]))
+        first, end = c.runs[-1][1] if c.runs else 0, len(c.rows)
+        if first < end:
+            c.runs.append(self._run(c, first, end, logits))
+
+    def _run(self, c: Checking, first: int, end: int, logits: np.ndarray) -> tuple[int, int, Any]:
+        at = slice(first, end)
+        run = self._begin(c.rows[at], c.tokens[at], c.positions[at], logits, c.logit_rows[at], c.asks_forced[at], self._timeout_s)
+        return first, end, run
+
+    def result(self, c: Checking, entry: int, logits: np.ndarray) -> tuple[int, bool]:
+        """Waits for one that was begun; those that were begun together are asked for in order, each once.
+
+        Returns:
+            The accepted token, and whether the output may end behind it or text is forced. `Cursor.error` is set where there is none.
+        """
+        cursor = c.cursors[entry]
+        cursor.num_ready = 0
+        at = next(at for at, run in enumerate(c.runs) if run[1] > entry)
+        first, end, run = c.runs[at]
+        while (found := run.result(entry - first)) is None:
+            hung = first + run.given_up_at
+            log.error("engine.matcher_hangs", timeout_s=self._timeout_s)
+            self._fail(c.cursors[hung], GrammarTimeout(f"the grammar engine did not come back within {self._timeout_s:g} s"))
+            first = hung + 1
+            if first < end:
+                run = self._run(c, first, end, logits)[2]
+                c.runs[at] = (first, end, run)
+            if hung == entry:
+                return -1, False
+        token, flags = found
+        counters = self._counters
+        counters.num_forced_calls += c.asks_forced[entry]
+        if flags & self._redrawn:
+            counters.num_redrawn += 1
+            counters.num_masks_filled += 1
+        else:
+            counters.num_checked += 1
+        if flags & self._is_error:
+            self._fail(cursor, InternalError(_WHY[bool(flags & self._nothing)]))
+        return token, bool(flags & self._needs_look)
 
     def _fail(self, cursor: Cursor, error: PlugmeshError) -> None:
         cursor.error = error

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from plugmesh.errors import PlugmeshError
 from plugmesh.types import TokenInfo
+from plugmesh_engine.batch import StepResult
 from plugmesh_engine.constrained import WINDOW_TOKENS, Advance, Cursor, Grammars, Redraw
 from plugmesh_engine.native_checks import Checking, NativeChecks
 from plugmesh_engine.outcome import Sampled, is_checked_later
@@ -16,6 +17,9 @@ from plugmesh_engine.sampler import redraw
 from plugmesh_engine.sequence import Group, State
 from plugmesh_engine.sequence import Sequence as Seq
 from plugmesh_engine.speculate import Planned
+
+Obeyed = tuple[Seq, Planned, Sequence[TokenInfo | None], Advance | None]
+"""A sequence, its part of the step, its tokens, and what its grammar said where more than these tokens is to be known."""
 
 
 class Obeying:
@@ -27,6 +31,7 @@ class Obeying:
     _overlaps_masks: bool
     _native_checks: NativeChecks | None
     _filling: list[Seq]  # whose masks are computed beside the forward pass
+    _checking: Checking | None  # what this step checks natively
 
     if TYPE_CHECKING:
 
@@ -64,38 +69,77 @@ class Obeying:
             if s.grammar is not None and s.grammar.error is not None and s.state is not State.FINISHED:
                 self._fail(s.group, s.grammar.error)
 
-    def _obey(self, sampled: list[Sampled]) -> dict[int, Advance]:
-        """Takes the constrained sequences on in their grammars, and what is forced behind their tokens; by the sequence's `id`. Those that fail end here.
+    def _check_best(self, plan: Iterable[Planned], result: StepResult | None, best: Sequence[int]) -> None:
+        """Begins to ask the matchers for tokens that no sampler decides about, so that they work while the rest of the step is done."""
+        self._checking = None
+        if result is None or self._native_checks is None:
+            return
+        row = 0
+        for p in plan:
+            rows, s = p.rows, p.seq
+            assert rows is not None
+            if rows.kept and best[row] >= 0 and s.state is State.RUNNING:
+                self._check(s, best[row], -1 - row)
+            row += rows.num_wanted
+        if self._checking is not None:
+            self._native_checks.begin(self._checking, result.logits)
 
-        Entries of `sampled` get another token where the grammar refused the first; those that are not in the result go on as free ones do.
+    def _check(self, s: Seq, token: int, logit_row: int) -> bool:
+        """Adds a token to those to be checked. False when its matcher has no native side."""
+        cursor = s.grammar
+        assert cursor is not None
+        if not (row := cursor.native or self._native_row(s, cursor)):
+            return False
+        if self._checking is None:
+            self._checking = Checking()
+        cursor.checked_as = self._checking.add(cursor, row, token, s.num_generated, logit_row)
+        return True
+
+    def _obey(self, sampled: Sequence[Sampled]) -> Iterator[Obeyed]:
+        """Takes the constrained sequences on in their grammars, and what is forced behind their tokens. Those that fail end here.
+
+        Every sequence is told as soon as it is known what it gets: free ones go on as they are, constrained ones perhaps with another token than the sampler's.
         """
-        found: dict[int, Advance] = {}
-        sequences: list[Seq] = []
-        drawn, entries, logits = Checking(), list[int](), None
-        for i, (s, p, infos) in enumerate(sampled):
+        logits: np.ndarray | None = None
+        for s, p, infos in sampled:
             cursor = s.grammar
-            if cursor is None or s.state is not State.RUNNING:
-                continue
-            sequences.append(s)
-            info = infos[0]
-            if p.logits is None or p.draft or info is None or not (row := cursor.native or self._native_row(s, cursor)):
-                found[id(s)] = self._advance_of(s, [-1 if i is None else i.token_id for i in infos], p)
+            if cursor is None or p.logits is None:
                 continue
             logits = p.logits
-            entries.append(i)
-            drawn.add(cursor, row, info.token_id, s.num_generated, p.first_logits)
-        if entries and logits is not None and self._native_checks is not None:
-            self._native_checks.run(drawn, logits)
-            for i, token, needs_look, cursor in zip(entries, drawn.tokens, drawn.needs_look, drawn.cursors, strict=True):
-                s, p, infos = sampled[i]
+            if cursor.checked_as < 0 and not p.draft and s.state is State.RUNNING and (info := infos[0]) is not None:
+                self._check(s, info.token_id, p.first_logits)
+        checks, checking = self._native_checks, self._checking
+        if checks is None or checking is None or logits is None:
+            checking = None
+        else:
+            checks.begin(checking, logits)
+        later: list[Obeyed] = []
+        for s, p, infos in sampled:
+            cursor = s.grammar
+            if cursor is None:
+                yield s, p, infos, None
+                continue
+            advance: Advance | None = None
+            if cursor.checked_as < 0:
+                if s.state is State.RUNNING:
+                    advance = self._advance_of(s, [-1 if i is None else i.token_id for i in infos], p)
+            else:
+                assert checks is not None and checking is not None and logits is not None
+                token, needs_look = checks.result(checking, cursor.checked_as, logits)
+                cursor.checked_as = -1
                 if cursor.error is None and (info := infos[0]) is not None and info.token_id != token:
-                    sampled[i] = (s, p, [TokenInfo(token)])
+                    infos = [TokenInfo(token)]
                 if needs_look and cursor.error is None and token not in s.group.end_ids(self._eos):
-                    found[id(s)] = self._advance_of(s, [token], p, is_accepted=True)
-        if found:
-            self._grammars.advance(list(found.values()))
-        self._fail_unmatched(sequences)
-        return found
+                    advance = self._advance_of(s, [token], p, is_accepted=True)
+            if advance is None and cursor.error is None and not s.group.request.max_total_tokens:  # tokens that siblings share are given out in order
+                yield s, p, infos, None
+            else:
+                later.append((s, p, infos, advance))
+        if parts := [advance for _, _, _, advance in later if advance is not None]:
+            self._grammars.advance(parts)
+        self._fail_unmatched(s for s, _, _, _ in later)
+        for s, p, infos, advance in later:
+            yield s, p, infos if advance is None or advance.told is None else told_tokens(advance, infos), advance
 
     def _native_row(self, s: Seq, cursor: Cursor) -> Any:
         """False where there is none."""
@@ -117,7 +161,7 @@ class Obeying:
         jumper = None if explains else self._grammars.jumper(g.request.grammar)
         last = s.tokens[max(g.num_prompt, len(s.tokens) - WINDOW_TOKENS[0]) :]
         again: Redraw | None = None
-        if p is not None and p.logits is not None and not self._overlaps_masks and is_checked_later(s):
+        if p is not None and p.logits is not None and p.first_logits >= 0 and not self._overlaps_masks and is_checked_later(s):
             logits, first, seed, index, position = p.logits, p.first_logits, g.seed, s.index, s.num_generated
 
             def again(row: int, mask: np.ndarray) -> int:

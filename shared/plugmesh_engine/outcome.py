@@ -23,21 +23,28 @@ MAX_SCORED_ROWS = 128
 """Rows of one step whose whole logits are taken to score given tokens: 25 MB of a vocabulary of 49,152."""
 
 
-def rows_of(p: Planned) -> Rows:
-    """What the executor is told of one sequence's part of the step; kept in `p.rows`."""
+def rows_of(p: Planned, *, keeps: bool = False) -> Rows:
+    """What the executor is told of one sequence's part of the step; kept in `p.rows`.
+
+    Args:
+        keeps: The executor can keep logits for matchers.
+    """
     s, draft, g = p.seq, p.draft, p.seq.group
     start = s.num_computed
-    end, num_wanted, full = start + p.num_tokens, 0, False
+    end, num_wanted, full, kept = start + p.num_tokens, 0, False, False
     if s.to_score:
         num_wanted, full = max(0, end - s.first_scored_row) if g.forked else 0, True
     elif end == s.target:
         num_wanted = 1 + len(draft)
         min_tokens = g.request.sampling.min_tokens
         full = g.needs_logits or (min_tokens > 0 and (not g.forked or s.num_generated < min_tokens))
+        # A greedy token is the best one; only where the matcher refuses it is another looked for, and a native one can ask the executor for that.
+        if keeps and full and g.rarely_reads_logits and g.forked and not draft and s.grammar is not None and s.grammar.native and is_checked_later(s):
+            full, kept = False, True
     ids = s.tokens[start:end]
     if draft:
         ids += draft
-    p.rows = Rows(ids, start, s.blocks, num_wanted, full, g.rarely_reads_logits)
+    p.rows = Rows(ids, start, s.blocks, num_wanted, full, kept)
     return p.rows
 
 
@@ -110,7 +117,7 @@ def choose_tokens(
         for sibling in [s] if s.group.forked else siblings(s):
             is_best = not p.rows.full
             if checks_later and is_checked_later(sibling):
-                p.logits, p.first_logits = result.logits, full_first
+                p.logits, p.first_logits = result.logits, -1 - first if p.rows.kept else full_first
                 is_best = sibling.sampling.temperature <= 0
             infos: list[TokenInfo | None] = [TokenInfo(t) if t >= 0 else None for t in best[first:row]] if is_best else []
             sampled.append((sibling, p, infos))

@@ -26,7 +26,7 @@ class Planned:
         num_accepted: Of the draft.
         is_void: What was computed for it does not count.
         logits: (R, vocab) float32 of the whole step, until the next one; only where a second draw may come.
-        first_logits: Its row in them; 1 + len(draft) rows are its own.
+        first_logits: Its row in them; 1 + len(draft) rows are its own. -1 - i for wanted row i of the step, whose logits are kept by the executor.
     """
 
     seq: Seq

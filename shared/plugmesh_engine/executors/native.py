@@ -278,13 +278,17 @@ class NativeExecutor:
         return tokens
 
     @property
-    def check_matches(self) -> Callable[..., tuple[list[int], list[int]]] | None:
+    def begin_matches(self) -> Callable[..., Any] | None:
         """Lends a thread to the matchers of grammars, see `native_checks.NativeChecks`; None when there is only the engine's own."""
-        return self._check_matches if self._num_threads > 1 else None
+        return self._begin_matches if self._num_threads > 1 else None
 
-    def _check_matches(self, *args: Any) -> tuple[list[int], list[int]]:
-        found: tuple[list[int], list[int]] = self._native.check_matches(*args)  # of the weights of the moment
-        return found
+    @property
+    def keeps_logits(self) -> bool:
+        """Whether `Rows.kept` may be asked for."""
+        return self._num_threads > 1
+
+    def _begin_matches(self, *args: Any) -> Any:
+        return self._native.begin_matches(*args)  # of the weights of the moment
 
     def close(self) -> None:
         """Ends the threads."""

@@ -598,8 +598,8 @@ def test_what_is_checked_without_python_is_what_python_would_have_done(way, jump
 
     natively = engine_of(jump_forward=jump)
     asked, looked, advance = [], [], natively._grammars.advance
-    check = natively._native_checks._check
-    natively._native_checks._check = lambda rows, *args: (asked.extend(rows), check(rows, *args))[1]
+    begin = natively._native_checks._begin
+    natively._native_checks._begin = lambda rows, *args: (asked.extend(rows), begin(rows, *args))[1]
     natively._grammars.advance = lambda parts: (looked.extend(parts), advance(parts))[1]
     in_python = engine_of(jump_forward=jump)
     in_python._native_checks = None

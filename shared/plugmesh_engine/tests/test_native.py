@@ -368,3 +368,43 @@ def test_the_native_path_never_imports_torch():
         "assert 'torch' not in sys.modules, 'torch was imported'\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60, cwd=pathlib.Path(__file__).parents[2])
+
+
+MASKS = ["all", "none", "one", "ten", "a tenth", "the lowest", "half"]
+
+
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_kept_logits_give_the_best_allowed_token_of_those_in_full(kind, isa):
+    """To the last bit, ties and infinities included, whatever the mask, among other rows, and however many of them."""
+    kernels = plugmesh_kernels.native()
+    if not kernels.supports(isa):
+        pytest.skip(f"this processor has no {isa}")
+    before = kernels.isa()
+    kernels.select_isa(isa)
+    try:
+        vocab = 1501  # three units of the head, the last of them not whole, nor its last sixteen
+        e = executor(native_model(kind, **WIDE | {"vocab_size": vocab})[0])
+        rng = np.random.default_rng(5)
+        for num_rows in (1, 3, 9, 33):
+            tokens = rng.integers(0, vocab, num_rows).tolist()
+            full = e.run([Rows([t], 0, [1 + i], 1, True) for i, t in enumerate(tokens)])
+            logits = full.logits.copy()
+            keeps = rng.random(num_rows) < 0.8
+            some = e.run([Rows([t], 0, [1 + i], 1, bool(rng.random() < 0.5) and not k, bool(k)) for i, (t, k) in enumerate(zip(tokens, keeps, strict=True))])
+            assert some.best.tolist() == full.best.tolist() == logits.argmax(1).tolist()
+            for row in np.flatnonzero(keeps):
+                for how in MASKS:
+                    allowed = np.zeros(vocab, bool)
+                    size = {"all": vocab, "none": 0, "one": 1, "ten": 10, "a tenth": vocab // 10, "the lowest": 40, "half": vocab // 2}[how]
+                    allowed[np.argsort(logits[row])[:size] if how == "the lowest" else rng.permutation(vocab)[:size]] = True
+                    if how == "half":
+                        allowed[logits[row].argmax()] = False
+                    words = np.packbits(np.concatenate([allowed, np.ones(-vocab % 32, bool)]), bitorder="little").view(np.uint32)  # set beyond the vocabulary
+                    want = int(np.where(allowed, logits[row], -np.inf).argmax()) if allowed.any() else -1
+                    assert e._native.best_allowed(int(row), words) == want, how
+        with pytest.raises(ValueError):
+            e._native.best_allowed(int(np.flatnonzero(~keeps)[0]), words)
+        e.close()
+    finally:
+        kernels.select_isa(before)

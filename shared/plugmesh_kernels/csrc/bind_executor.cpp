@@ -148,9 +148,10 @@ struct PyExecutor {
       s.blocks = copy(py::object(r.attr("blocks")).ptr(), ints[2 * i + 1], num_blocks, "block");
       s.num_wanted = r.attr("num_wanted").cast<int>();
       s.full = r.attr("full").cast<bool>();
-      s.rarely_read = r.attr("rarely_read").cast<bool>();
+      s.kept = r.attr("kept").cast<bool>();
       need(s.position >= 0 && s.position + s.num_rows <= e.shape().max_position, "a row lies beyond the model's context");
       need(size_t(s.position + s.num_rows) <= ints[2 * i + 1].size() * BLOCK_TOKENS, "a sequence has too few blocks");
+      need(!(s.full && s.kept), "logits are given or kept, not both");
       need(s.num_wanted >= 0 && s.num_wanted <= s.num_rows, "more rows wanted than there are");
     }
     return sequences;
@@ -229,11 +230,19 @@ struct PyExecutor {
     return tokens;
   }
 
-  py::tuple check_matches(const py::list& rows, const py::list& tokens, const py::list& positions, const py::array& step_logits,
-                          const py::list& logit_rows, const py::list& asks_forced, double timeout_s) {
+  py::object begin_matches(const py::list& rows, const py::list& tokens, const py::list& positions, const py::array& step_logits,
+                           const py::list& logit_rows, const py::list& asks_forced, double timeout_s) {
     Pool& pool = get().pool();
     need(pool.num_threads() > 1, "an executor with one thread has none to lend");
-    return pm::check_matches(pool, rows, tokens, positions, step_logits, logit_rows, asks_forced, timeout_s);
+    return pm::begin_matches(pool, executor.get(), rows, tokens, positions, step_logits, logit_rows, asks_forced, timeout_s);
+  }
+
+  int best_allowed(int row, const py::array_t<uint32_t, py::array::c_style>& mask) {
+    Executor& e = get();
+    need(e.is_kept(row), "no logits of that row were kept");
+    need(mask.size() * 32 >= e.shape().vocab, "one bit per token");
+    e.pool().settle();
+    return e.best_allowed(row, mask.data());
   }
 
   void set_attention(py::object function) {
@@ -406,8 +415,10 @@ void bind_executor(py::module_& m) {
       .def("probe", &PyExecutor::probe, py::arg("rows"), py::arg("layer"),
            "The layers before `layer` over `Rows`, then that layer's (q (T, heads, D), k (T, kv_heads, D)) float32 after the rotation.")
       .def("sample", &PyExecutor::sample, py::arg("logits"), py::arg("temperature"), py::arg("top_k"), py::arg("top_p"), py::arg("min_p"), py::arg("u"))
-      .def("check_matches", &PyExecutor::check_matches, pm::CHECK_MATCHES, py::arg("rows"), py::arg("tokens"), py::arg("positions"), py::arg("logits"),
-           py::arg("logit_rows"), py::arg("asks_forced"), py::arg("timeout_s"))
+      .def("best_allowed", &PyExecutor::best_allowed, py::arg("row"), py::arg("mask"),
+           "The best token of those with a bit in `mask` (words,) uint32, -1 when there is none; `row`: a wanted one of the last run that was kept.")
+      .def("begin_matches", &PyExecutor::begin_matches, py::keep_alive<0, 1>(), pm::BEGIN_MATCHES, py::arg("rows"), py::arg("tokens"), py::arg("positions"),
+           py::arg("logits"), py::arg("logit_rows"), py::arg("asks_forced"), py::arg("timeout_s"))
       .def("set_attention", &PyExecutor::set_attention, py::arg("function").none(true),
            "function(layer, q (T, heads, D), k, v (T, kv_heads, D), out (T, heads, D) to fill), float32; stores k and v itself; or a capsule "
            "\"plugmesh.attention.v2\". None for the native one.")

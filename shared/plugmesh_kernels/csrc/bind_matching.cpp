@@ -2,7 +2,8 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
-#include <algorithm>
+#include <chrono>
+#include <memory>
 #include <stdexcept>
 #include <string>
 
@@ -15,6 +16,7 @@ namespace pm {
 namespace {
 
 constexpr const char* MATCHER = "plugmesh.matcher.v1";
+constexpr auto KEEPS_LOCK = std::chrono::microseconds(30);  // the interpreter's, while it waits for a part: most are done by then
 
 struct PyMatchRow {
   MatchRow row;
@@ -33,42 +35,77 @@ struct PyMatchRow {
   }
 };
 
+// The tokens of a step on a worker of a pool, told one after another.
+class PyMatchRun {
+ public:
+  PyMatchRun(Pool& pool, KeptLogits* kept, const py::list& rows, const py::list& tokens, const py::list& positions, const py::array& logits, const py::list& logit_rows,
+             const py::list& asks_forced, double timeout_s)
+      : pool_(pool), job_(std::make_shared<MatchJob>()), rows_(rows), logits_(logits) {
+    const size_t n = rows.size();
+    if (tokens.size() != n || positions.size() != n || logit_rows.size() != n || asks_forced.size() != n)
+      throw std::invalid_argument("one token, position, row of the logits and question per row");
+    if (!py::isinstance<py::array_t<float, py::array::c_style>>(logits) || logits.ndim() != 2)
+      throw std::invalid_argument("logits: (R, V) float32 in C order");
+    job_->vocab = int(logits.shape(1));
+    job_->kept = kept;
+    job_->parts.reserve(n);
+    for (size_t i = 0; i < n; ++i) {
+      MatchRow& row = rows[i].cast<PyMatchRow&>().row;
+      const auto at = logit_rows[i].cast<py::ssize_t>();
+      if (at >= logits.shape(0) || (at < 0 && (kept == nullptr || !kept->is_kept(int(-1 - at))))) throw std::invalid_argument("row of the logits out of range");
+      if (at < 0 && row.temperature > 0) throw std::invalid_argument("of kept logits only the largest is known");
+      if (row.mask.size() * 32 < size_t(job_->vocab)) throw std::invalid_argument("one bit per token");
+      job_->parts.push_back({&row, at < 0 ? nullptr : static_cast<const float*>(logits.data(at, 0)), int(-1 - at), positions[i].cast<uint64_t>(), asks_forced[i].cast<bool>(),
+                             tokens[i].cast<int32_t>(), 0});
+    }
+    if (n > 0) {
+      const py::gil_scoped_release release;  // of a job before it that nobody waited for
+      pool.lend(job_, timeout_s);
+    }
+  }
+  PyMatchRun(const PyMatchRun&) = delete;
+  PyMatchRun& operator=(const PyMatchRun&) = delete;
+
+  ~PyMatchRun() {  // of one that a step left behind
+    if (job_->parts.empty() || wait(job_->parts.size() - 1)) return;
+    rows_.inc_ref();  // a thread that nobody can stop may still look at these
+    logits_.inc_ref();
+  }
+
+  py::object result(size_t i) {
+    if (i >= job_->parts.size()) throw py::index_error("no such row");
+    if (!wait(i)) return py::none();
+    return py::make_tuple(job_->parts[i].token, int(job_->parts[i].flags));
+  }
+
+  int given_up_at() const { return job_->given_up_at(); }
+
+ private:
+  bool wait(size_t i) {
+    if (job_->is_past(int(i))) return true;
+    if (job_->given_up_at() >= 0) return false;  // the pool may be gone
+    const auto until = std::chrono::steady_clock::now() + KEEPS_LOCK;
+    do {
+      for (int spins = 0; spins < 32; ++spins) {
+        if (job_->is_past(int(i))) return true;
+        cpu_relax();
+      }
+    } while (std::chrono::steady_clock::now() < until);
+    const py::gil_scoped_release release;
+    return pool_.await(*job_, int(i));
+  }
+
+  Pool& pool_;
+  std::shared_ptr<MatchJob> job_;
+  py::list rows_;
+  py::array logits_;
+};
+
 }  // namespace
 
-py::tuple check_matches(Pool& pool, const py::list& rows, const py::list& tokens, const py::list& positions, const py::array& logits,
-                        const py::list& logit_rows, const py::list& asks_forced, double timeout_s) {
-  const size_t n = rows.size();
-  if (tokens.size() != n || positions.size() != n || logit_rows.size() != n || asks_forced.size() != n)
-    throw std::invalid_argument("one token, position, row of the logits and question per row");
-  if (!py::isinstance<py::array_t<float, py::array::c_style>>(logits) || logits.ndim() != 2)
-    throw std::invalid_argument("logits: (R, V) float32 in C order");
-  const auto job = std::make_shared<MatchJob>();
-  job->vocab = int(logits.shape(1));
-  job->parts.reserve(n);
-  for (size_t i = 0; i < n; ++i) {
-    MatchRow& row = rows[i].cast<PyMatchRow&>().row;
-    const auto at = logit_rows[i].cast<py::ssize_t>();
-    if (at < 0 || at >= logits.shape(0)) throw std::invalid_argument("row of the logits out of range");
-    if (row.mask.size() * 32 < size_t(job->vocab)) throw std::invalid_argument("one bit per token");
-    job->parts.push_back({&row, static_cast<const float*>(logits.data(at, 0)), positions[i].cast<uint64_t>(), asks_forced[i].cast<bool>(),
-                          tokens[i].cast<int32_t>(), 0});
-  }
-  bool is_done = true;
-  if (n > 0) {
-    py::gil_scoped_release release;
-    is_done = pool.lend(job, timeout_s);
-  }
-  if (!is_done) {  // a thread that nobody can stop may still look at these
-    rows.inc_ref();
-    logits.inc_ref();
-  }
-  const size_t num_done = is_done ? n : size_t(std::max(0, job->progress()));
-  py::list accepted(num_done), flags(num_done);
-  for (size_t i = 0; i < num_done; ++i) {
-    accepted[i] = py::int_(job->parts[i].token);
-    flags[i] = py::int_(job->parts[i].flags);
-  }
-  return py::make_tuple(accepted, flags);
+py::object begin_matches(Pool& pool, KeptLogits* kept, const py::list& rows, const py::list& tokens, const py::list& positions, const py::array& logits,
+                         const py::list& logit_rows, const py::list& asks_forced, double timeout_s) {
+  return py::cast(std::make_unique<PyMatchRun>(pool, kept, rows, tokens, positions, logits, logit_rows, asks_forced, timeout_s));
 }
 
 }  // namespace pm
@@ -80,7 +117,16 @@ void bind_matching(py::module_& m) {
       .def(py::init<py::capsule, py::object, int, uint64_t, uint64_t, float>(), "matcher"_a, "owner"_a, "num_words"_a, "seed"_a, "sequence"_a, "temperature"_a);
   py::class_<Pool>(m, "MatchThread", "A thread that asks matchers for drawn tokens, where no executor lends one of its own.")
       .def(py::init([] { return std::make_unique<Pool>(2, 0, false); }))
-      .def("check_matches", check_matches, CHECK_MATCHES, "rows"_a, "tokens"_a, "positions"_a, "logits"_a, "logit_rows"_a, "asks_forced"_a, "timeout_s"_a);
+      .def("begin_matches",
+           [](Pool& pool, const py::list& rows, const py::list& tokens, const py::list& positions, const py::array& logits, const py::list& logit_rows,
+              const py::list& asks_forced, double timeout_s) {
+             return begin_matches(pool, nullptr, rows, tokens, positions, logits, logit_rows, asks_forced, timeout_s);
+           },
+           py::keep_alive<0, 1>(), BEGIN_MATCHES, "rows"_a, "tokens"_a, "positions"_a, "logits"_a, "logit_rows"_a, "asks_forced"_a, "timeout_s"_a);
+  py::class_<PyMatchRun>(m, "MatchRun", "The tokens of one step in their matchers.")
+      .def("result", &PyMatchRun::result, "row"_a,
+           "The accepted token, -1 for none, and flags of matching.h, as soon as they are there. None for a row whose matcher hangs, and those behind it.")
+      .def_property_readonly("given_up_at", &PyMatchRun::given_up_at, "The row whose matcher hangs, -1 for none.");
   m.attr("MATCH_REDRAWN") = int(MATCH_REDRAWN);
   m.attr("MATCH_COMPLETED") = int(MATCH_COMPLETED);
   m.attr("MATCH_TERMINATED") = int(MATCH_TERMINATED);

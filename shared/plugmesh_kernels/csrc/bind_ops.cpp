@@ -138,6 +138,12 @@ py::tuple argmax(const std::string& isa, Array<float> x) {
   return py::make_tuple(index, value);
 }
 
+py::array_t<uint8_t> steps_below(const std::string& isa, Array<float> x, float top) {
+  py::array_t<uint8_t> out((x.size() + 63) / 64 * 16);
+  ops(isa).steps_below(x.data(), int(x.size()), top, out.mutable_data());
+  return out;
+}
+
 void kv_append(const std::string& isa, PyKv& kv, int layer, int kv_head, int block, int offset, Array<float> k, Array<float> v) {
   kv.check(layer, kv_head);
   require(block >= 0 && block < kv.num_blocks() && offset >= 0 && offset < BLOCK_TOKENS, "block or offset out of range");
@@ -210,6 +216,7 @@ void bind_ops(py::module_& m) {
   m.def("silu_mul", silu_mul, "isa"_a, "gate"_a, "up"_a);
   m.def("rope_head", rope_head, "isa"_a, "x"_a, "cos"_a, "sin"_a, "interleaved"_a);
   m.def("argmax", argmax, "isa"_a, "x"_a);
+  m.def("steps_below", steps_below, "isa"_a, "x"_a, "top"_a);
   m.def("kv_append", kv_append, "isa"_a, "kv"_a, "layer"_a, "kv_head"_a, "block"_a, "offset"_a, "k"_a, "v"_a);
   m.def("attention_split", attention_split, "isa"_a, "kv"_a, "layer"_a, "kv_head"_a, "blocks"_a, "first_row"_a, "num_rows"_a, "position"_a, "row0"_a,
         "row1"_a, "split"_a, "q"_a, "scale"_a);

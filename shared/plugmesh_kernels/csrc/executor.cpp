@@ -4,32 +4,11 @@
 #include <cmath>
 #include <cstring>
 #include <exception>
+#include <limits>
 #include <tuple>
-
-#if defined(__SSE2__)
-#include <emmintrin.h>
-#endif
 
 namespace pm {
 namespace {
-
-// Copies past the caches: 32 rows of logits are 6 MB, and reading a line before it is written whole costs as much as writing it. stream_end() before others read.
-void stream(const float* from, int n, float* to) {
-#if defined(__SSE2__)
-  int i = 0;
-  for (; i < n && (reinterpret_cast<uintptr_t>(to + i) & 15); ++i) to[i] = from[i];
-  for (; i + 4 <= n; i += 4) _mm_stream_ps(to + i, _mm_loadu_ps(from + i));
-  for (; i < n; ++i) to[i] = from[i];
-#else
-  std::memcpy(to, from, size_t(n) * 4);
-#endif
-}
-
-void stream_end() {
-#if defined(__SSE2__)
-  _mm_sfence();
-#endif
-}
 
 constexpr int TOKEN_CHUNK = 256;  // rows of activations that stay in the second-level cache beside a unit's weights
 constexpr int SMALL_STEP = 2;     // up to so many rows every thread normalises and encodes for itself: that costs less than a barrier
@@ -38,6 +17,7 @@ constexpr int QUERY_TILE = 32;    // rows of a prompt that attend together
 constexpr int FIRST_BLOCKS = 4;   // blocks that are fetched before their unit begins
 constexpr int FEW_PAIRS = 16;     // up to so many (row, head) pairs attention waits for memory rather than for itself
 constexpr int HEAD_BLOCKS = 32;   // row blocks of the head per unit
+constexpr float STEP = 0.125f;    // of OpsKernels::steps_below
 constexpr int BY_ROWS = 128;      // from so many rows on each thread takes rows through a layer
 constexpr int ROWS_AT_ONCE = 32;  // the most that it takes at a time: their activations stay in the second-level cache, and enough units are left to share
 
@@ -176,6 +156,7 @@ void Executor::probe(const std::vector<StepSequence>& sequences, int layer, floa
 }
 
 void Executor::plan(const std::vector<StepSequence>& sequences) {
+  pool_.settle();  // matchers may still look at the last step's
   sequences_ = sequences;
   ranges_.clear();
   row_sequence_.clear();
@@ -183,8 +164,9 @@ void Executor::plan(const std::vector<StepSequence>& sequences) {
   row_position_.clear();
   wanted_row_.clear();
   wanted_full_.clear();
-  rarely_read_.clear();
-  int num_full = 0;
+  kept_.clear();
+  exact_ = nullptr;
+  int num_full = 0, num_kept = 0;
   for (size_t i = 0; i < sequences_.size(); ++i) {
     const StepSequence& s = sequences_[i];
     ranges_.push_back({int(row_token_.size()), s.num_rows, s.position, s.blocks});
@@ -195,7 +177,7 @@ void Executor::plan(const std::vector<StepSequence>& sequences) {
       if (r >= s.num_rows - s.num_wanted) {
         wanted_row_.push_back(int(row_token_.size()) - 1);
         wanted_full_.push_back(s.full ? num_full++ : -1);
-        rarely_read_.push_back(s.rarely_read);
+        kept_.push_back(s.kept ? num_kept++ : -1);
       }
     }
   }
@@ -213,6 +195,10 @@ void Executor::plan(const std::vector<StepSequence>& sequences) {
   const bool any_shared = std::any_of(layers_.begin(), layers_.end(), [](const LayerWeights& w) { return w.o.shared || w.down.shared; });
   if (any_shared) grow(foreign_y_, t * shape_.hidden);  // here, since no thread may move it under the others
   last_.resize(num_wanted_);
+  if (num_kept > 0) {
+    if (steps_.size() < num_kept * kept_bytes()) steps_.resize(num_kept * kept_bytes());
+    unit_top_.resize(size_t(num_kept) * head_units());
+  }
   size_buffers();
   plan_attention();
 }
@@ -761,12 +747,13 @@ void Executor::head(int thread, int32_t* best, float* logits) {
   bests.assign(num_wanted_, {0.0f, -1});
   const auto look = [&](const float* y, int row, int first, int n) {
     Best& b = bests[row];
-    float value;
+    float value = 0.0f;
     const int i = ops_->argmax(y, n, &value);
     if (i < 0)
       b.index = BAD;
     else if (b.index != BAD && (b.index < 0 || value > b.value || (value == b.value && first + i < b.index)))
       b = {value, first + i};
+    return value;
   };
   if (head_.shared) {
     if (thread == 0 && gate_.size() < size_t(num_wanted_) * v) gate_.resize(size_t(num_wanted_) * v);
@@ -779,6 +766,7 @@ void Executor::head(int thread, int32_t* best, float* logits) {
     if (thread == 0)
       for (int r = 0; r < num_wanted_; ++r)
         if (wanted_full_[r] >= 0) std::memcpy(logits + size_t(wanted_full_[r]) * v, gate_.data() + size_t(r) * v, size_t(v) * 4);
+    if (thread == 0) exact_ = gate_.data();
   } else if (head_.foreign) {
     if (thread == 0) {
       foreign_linear(0, head_, last_, (gate_.resize(size_t(num_wanted_) * v), gate_.data()), v, false);
@@ -786,6 +774,7 @@ void Executor::head(int thread, int32_t* best, float* logits) {
         look(gate_.data() + size_t(r) * v, r, 0, v);
         if (wanted_full_[r] >= 0) std::memcpy(logits + size_t(wanted_full_[r]) * v, gate_.data() + size_t(r) * v, size_t(v) * 4);
       }
+      exact_ = gate_.data();
     }
   } else {
     const int width = HEAD_BLOCKS * ROWS, blocks = head_.weight.row_blocks();
@@ -797,16 +786,11 @@ void Executor::head(int thread, int32_t* best, float* logits) {
       linear_->linear(head_.weight, last_.view, u * HEAD_BLOCKS, std::min((u + 1) * HEAD_BLOCKS, blocks), state.a.data() - column, width, false, scratch);
       for (int r = 0; r < num_wanted_; ++r) {
         const float* y = state.a.data() + size_t(r) * width;
-        look(y, r, column, n);
-        if (wanted_full_[r] < 0) continue;
-        float* to = logits + size_t(wanted_full_[r]) * v + column;
-        if (rarely_read_[r])
-          stream(y, n, to);
-        else
-          std::memcpy(to, y, size_t(n) * 4);
+        const float top = look(y, r, column, n);
+        if (kept_[r] >= 0) keep(kept_[r], u, y, n, top);
+        if (wanted_full_[r] >= 0) std::memcpy(logits + size_t(wanted_full_[r]) * v + column, y, size_t(n) * 4);
       }
     }
-    stream_end();
   }
   pool_.barrier();
   if (thread != 0) return;
@@ -822,6 +806,72 @@ void Executor::head(int thread, int32_t* best, float* logits) {
     }
     best[r] = top.index < 0 ? -1 : top.index;
   }
+}
+
+// ---- kept logits -----------------------------------------------------------------------------------------------------------------------------------
+// Of a greedy row the next best token is rarely wanted, and to write 32 rows of 49,152 logits takes longer than 32 matchers. So a byte is kept for four of
+// them: how far below the best of its unit the best of the four lies. It bounds them, so few can be the best of those allowed, and of these the head is
+// computed again, to the same bits: a linear kernel's result does not depend on what else it computes.
+
+int Executor::head_units() const { return num_units(shape_.vocab, HEAD_BLOCKS * ROWS); }
+
+size_t Executor::kept_bytes() const { return size_t(head_units()) * HEAD_BLOCKS * ROWS / 4; }
+
+void Executor::keep(int kept, int unit, const float* y, int n, float top) {
+  unit_top_[size_t(kept) * head_units() + unit] = top;
+  if (std::isfinite(top)) ops_->steps_below(y, n, top, steps_.data() + kept * kept_bytes() + size_t(unit) * HEAD_BLOCKS * ROWS / 4);
+}
+
+int Executor::best_allowed(int row, const uint32_t* mask) {
+  static_assert(HEAD_BLOCKS * ROWS % 64 == 0, "a unit has words of the mask and groups of four of its own");
+  constexpr float NONE = -std::numeric_limits<float>::infinity();
+  const int v = shape_.vocab, width = HEAD_BLOCKS * ROWS, units = head_units();
+  const auto each_allowed = [&](int first, int end, const auto& visit) {
+    for (int word = first / 32; word * 32 < end; ++word)
+      for (uint32_t rest = mask[word]; rest != 0; rest &= rest - 1)
+        if (const int id = word * 32 + __builtin_ctz(rest); id < end) visit(id);
+  };
+  int best = -1;
+  float value = NONE;
+  const auto look = [&](int id, float x) {
+    if (x > value || (x == value && id < best)) best = id, value = x;
+  };
+  if (exact_) {
+    const float* x = exact_ + size_t(row) * v;
+    each_allowed(0, v, [&](int id) { look(id, x[id]); });
+    return best;
+  }
+  const float* tops = unit_top_.data() + size_t(kept_[row]) * units;
+  const uint8_t* steps = steps_.data() + kept_[row] * kept_bytes();
+  unit_order_.resize(units);
+  for (int u = 0; u < units; ++u) {
+    if (!std::isfinite(tops[u])) return -1;
+    unit_order_[u] = u;
+  }
+  std::sort(unit_order_.begin(), unit_order_.end(), [&](int a, int b) { return tops[a] > tops[b]; });
+  const Input input = last_.rows(row, 1);
+  if (kept_scratch_.empty()) kept_scratch_.resize(threads_[0].scratch.size());
+  alignas(64) float y[ROWS];
+  int block = -1;
+  for (int u : unit_order_) {
+    if (tops[u] < value) break;
+    candidates_.clear();
+    each_allowed(u * width, std::min(v, (u + 1) * width), [&](int id) {
+      // One step is for what rounding did to the difference; where the bound itself is rounded it stays one.
+      const float highest = tops[u] - float(std::max(0, steps[id / 64 * 16 + id % 16] - 1)) * STEP;
+      if (highest >= value) candidates_.push_back({highest, id});
+    });
+    std::sort(candidates_.begin(), candidates_.end(), [](const Candidate& a, const Candidate& b) { return a.highest != b.highest ? a.highest > b.highest : a.id < b.id; });
+    for (const Candidate& c : candidates_) {
+      if (c.highest < value) break;
+      if (c.id / ROWS != block) {
+        block = c.id / ROWS;
+        linear_->linear(head_.weight, input, block, block + 1, y - block * ROWS, size_t(v), false, aligned(kept_scratch_));
+      }
+      look(c.id, y[c.id % ROWS]);
+    }
+  }
+  return best;
 }
 
 }  // namespace pm

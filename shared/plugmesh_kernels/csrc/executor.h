@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "matching.h"
 #include "pool.h"
 
 namespace pm {
@@ -65,7 +66,7 @@ struct StepSequence {
   const int32_t* blocks;
   int num_wanted;  // the last rows whose best token is wanted
   bool full;       // and their logits
-  bool rarely_read = false;  // which are to leave the caches to others
+  bool kept = false;  // the executor is to remember enough of them for best_allowed()
 };
 
 // Rows of one sequence's residual stream, asked for along with a step.
@@ -74,7 +75,7 @@ struct StepTap {
   float* out;           // (num_rows of the sequence, hidden)
 };
 
-class Executor {
+class Executor : public KeptLogits {
  public:
   Executor(const ModelShape& shape, std::vector<LayerWeights> layers, Linear embedding, const float* norm, Linear head, const float* cos, const float* sin,
            const KvMemory& kv, const LinearKernels* linear, const OpsKernels* ops, int num_threads, int spin_us, bool pin);
@@ -100,6 +101,10 @@ class Executor {
   // Runs the layers before `layer` on all rows, storing their KV, then gives q (T, heads * D) and k (T, kv_heads * D) of `layer` after the rotation, and stops:
   // nothing of `layer` itself is stored. Throws as run does.
   void probe(const std::vector<StepSequence>& sequences, int layer, float* q, float* k);
+
+  // Of a wanted row of the last run. Not while anything else runs.
+  bool is_kept(int row) const override { return row >= 0 && size_t(row) < kept_.size() && kept_[size_t(row)] >= 0; }
+  int best_allowed(int row, const uint32_t* mask) override;
 
   Pool& pool() { return pool_; }
   const ModelShape& shape() const { return shape_; }
@@ -162,6 +167,9 @@ class Executor {
   void feed_forward_of_rows(int thread, int layer, int first, int end);
   void gate_up(int thread, const LayerWeights& w, const InputBuffer& x);
   void head(int thread, int32_t* best, float* logits);
+  void keep(int kept, int unit, const float* y, int n, float top);
+  int head_units() const;
+  size_t kept_bytes() const;
   void tap(int thread, int layer) const;
   void probe_layer(int thread, int layer);
 
@@ -190,7 +198,18 @@ class Executor {
   std::vector<StepSequence> sequences_;
   std::vector<SequenceRows> ranges_;
   std::vector<int> row_sequence_, row_token_, row_position_, wanted_row_, wanted_full_;
-  std::vector<char> rarely_read_;  // of the wanted rows
+  // Of kept rows: how far the largest of four logits lies below the largest of its unit of the head, and that one.
+  std::vector<int> kept_;  // per wanted row its place in the next two, -1 for none
+  std::vector<uint8_t> steps_;
+  std::vector<float> unit_top_;
+  const float* exact_ = nullptr;  // the logits of all wanted rows, where the head is not native
+  struct Candidate {
+    float highest;
+    int id;
+  };
+  std::vector<Candidate> candidates_;
+  std::vector<int> unit_order_;
+  std::vector<uint8_t> kept_scratch_;
   std::vector<AttentionUnit> units_;
   std::vector<PendingMerge> merges_;
   std::vector<int> merge_of_row_;  // first of merges_ that touches a row, -1 for none

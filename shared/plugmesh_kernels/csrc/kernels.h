@@ -143,6 +143,9 @@ struct OpsKernels {
 
   // Index of the largest value (the first of equals), and that value; index -1 when the maximum is not finite or any value is NaN.
   int (*argmax)(const float* x, int n, float* value);
+  // out[i / 64 * 16 + i % 16] = min(255, floor((top - x) * 8)) for the largest x of the four x[i] that share it, the difference rounded to float; whole
+  // sixteens of `out` are written. No x[i] is above top, none is NaN.
+  void (*steps_below)(const float* x, int n, float top, uint8_t* out);
 };
 size_t attention_scratch_bytes(int max_rows, int group, int head_dim);  // for row1 - row0 <= max_rows
 

@@ -22,8 +22,11 @@ void MatchJob::check(MatchPart& p) {
       p.flags = MATCH_FAILED;
       return;
     }
-    p.token = draw_allowed_with(sample_passes(), p.logits, vocab, row.mask.data(), row.temperature,
-                                row.temperature > 0 ? match_uniform(row.seed, row.sequence, p.position) : 0.0);
+    if (p.logits == nullptr)
+      p.token = kept->best_allowed(p.kept_row, row.mask.data());
+    else
+      p.token = draw_allowed_with(sample_passes(), p.logits, vocab, row.mask.data(), row.temperature,
+                                  row.temperature > 0 ? match_uniform(row.seed, row.sequence, p.position) : 0.0);
     if (p.token < 0) {
       p.flags = MATCH_NOTHING;
       return;

@@ -29,6 +29,15 @@ enum MatchFlag : uint8_t {
   MATCH_NOTHING = 32,    // no allowed token has a finite logit
 };
 
+// Logits that are not written out.
+class KeptLogits {
+ public:
+  virtual ~KeptLogits() = default;
+  virtual bool is_kept(int row) const = 0;
+  // The largest among the tokens with a bit in `mask`, the first of equals; -1 when none is finite. The same as of the logits in full.
+  virtual int best_allowed(int row, const uint32_t* mask) = 0;
+};
+
 struct MatchRow {  // one sequence
   MatcherFn call;
   void* state;
@@ -39,7 +48,8 @@ struct MatchRow {  // one sequence
 
 struct MatchPart {  // its part of one step
   MatchRow* row;
-  const float* logits;  // (vocab,)
+  const float* logits;  // (vocab,); nullptr: row `kept_row` of the job's `kept`
+  int kept_row;
   uint64_t position;
   bool asks_forced;
   int32_t token;  // in: drawn; out: accepted
@@ -50,6 +60,7 @@ class MatchJob : public SideJob {
  public:
   std::vector<MatchPart> parts;
   int vocab = 0;
+  KeptLogits* kept = nullptr;
   void run() override;
   int progress() const override { return at_; }  // the part being done, -1 before the first
 

@@ -97,7 +97,23 @@ static int argmax(const float* x, int n, float* value) {
   return -1;
 }
 
-static const OpsKernels table = {"avx512", rms_norm_row, silu_mul, rope_head, kv_append, attention_split, attention_merge, attention_finish, argmax};
+static void steps_below(const float* x, int n, float top, uint8_t* out) {
+  const __m512 t = _mm512_set1_ps(top), eight = _mm512_set1_ps(8.0f), most = _mm512_set1_ps(255.0f), lowest = _mm512_set1_ps(-__builtin_inff());
+  for (int i = 0; i < n; i += 64, out += 16) {
+    __m512 v[4];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      const int left = n - i - 16 * j;
+      v[j] = left >= 16 ? _mm512_loadu_ps(x + i + 16 * j) : left > 0 ? _mm512_mask_loadu_ps(lowest, lanes_of(left), x + i + 16 * j) : lowest;
+    }
+    const __m512 largest = _mm512_max_ps(_mm512_max_ps(v[0], v[1]), _mm512_max_ps(v[2], v[3]));
+    const __m512 below = _mm512_min_ps(_mm512_mul_ps(_mm512_sub_ps(t, largest), eight), most);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtusepi32_epi8(_mm512_cvttps_epi32(below)));
+  }
+}
+
+static const OpsKernels table = {"avx512",         rms_norm_row,    silu_mul,         rope_head, kv_append,
+                                 attention_split, attention_merge, attention_finish, argmax,    steps_below};
 
 }  // namespace
 }  // namespace avx512

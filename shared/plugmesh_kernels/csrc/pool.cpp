@@ -1,5 +1,6 @@
 #include "pool.h"
 
+#include <algorithm>
 #include <chrono>
 
 #if defined(__linux__)
@@ -19,6 +20,8 @@ namespace {
 constexpr uint32_t SIDE_JOB = 1;  // the bit of the word that tells it from a run
 constexpr int WAITS = 4;          // a process that was suspended must see its thread run before a job is called hung
 constexpr auto BUSY_WAIT = std::chrono::microseconds(500);  // for a side job, before the caller sleeps: most are done by then
+constexpr auto NAP = std::chrono::milliseconds(1);          // between two looks at a side job's parts, whose ends wake nobody
+constexpr int ALL_PARTS = INT32_MAX;
 
 #if defined(__linux__)
 void sleep_on(std::atomic<uint32_t>& word, uint32_t value) {
@@ -69,6 +72,7 @@ Pool::Pool(int num_threads, int spin_us, bool pin) : num_threads_(num_threads < 
 }
 
 Pool::~Pool() {
+  settle();
   stop_.store(true);
   job_.fetch_add(2);
   wake_all(job_);
@@ -81,6 +85,7 @@ void Pool::run(const std::function<void(int)>& body) {
     body(0);
     return;
   }
+  settle();
   body_ = &body;
   next_.store(0, std::memory_order_relaxed);
   post(0);
@@ -94,18 +99,30 @@ void Pool::post(uint32_t kind) {
   if (sleeping_.load() > 0) wake_all(job_);
 }
 
-bool Pool::lend(const std::shared_ptr<SideJob>& job, double timeout_s) {
+void Pool::lend(const std::shared_ptr<SideJob>& job, double timeout_s) {
+  settle();
   side_job_ = job;
+  side_timeout_s_ = timeout_s;
   post(SIDE_JOB);
-  const bool is_done = job->wait(timeout_s);
+}
+
+bool Pool::await(SideJob& job, int part) {
+  if (job.is_past(part)) return true;
+  if (job.is_abandoned()) return false;
+  const bool is_past = job.wait(part, side_timeout_s_);
+  if (!job.is_abandoned()) return is_past;
   side_job_ = nullptr;
-  if (!is_done) {
-    threads_[0].detach();
-    const int cpu = first_cpu_;
-    const uint32_t seen = job_.load();
-    threads_[0] = std::thread([this, cpu, seen] { work(1, cpu, seen); });
-  }
-  return is_done;
+  threads_[0].detach();
+  const int cpu = first_cpu_;
+  const uint32_t seen = job_.load();
+  threads_[0] = std::thread([this, cpu, seen] { work(1, cpu, seen); });
+  return is_past;
+}
+
+void Pool::settle() {
+  if (!side_job_) return;
+  await(*side_job_, ALL_PARTS);
+  side_job_ = nullptr;
 }
 
 bool SideJob::finish() {
@@ -116,29 +133,33 @@ bool SideJob::finish() {
   return true;
 }
 
-bool SideJob::wait(double timeout_s) {
-  const auto is_done = [this] { return state_.load(std::memory_order_acquire) == DONE; };
-  const auto busy_until = std::chrono::steady_clock::now() + BUSY_WAIT;
+bool SideJob::wait(int part, double timeout_s) {
+  using Clock = std::chrono::steady_clock;
+  const auto is_past_it = [&] { return is_past(part); };
   for (int i = 0; i < 1024; ++i) {
-    if (is_done()) return true;
+    if (is_past_it()) return true;
     cpu_relax();
   }
+  const auto busy_until = Clock::now() + BUSY_WAIT;
   do {
     for (int i = 0; i < 64; ++i) {
-      if (is_done()) return true;
+      if (is_past_it()) return true;
       cpu_relax();
     }
     std::this_thread::yield();  // the worker may want this very processor
-  } while (std::chrono::steady_clock::now() < busy_until);
+  } while (Clock::now() < busy_until);
   const auto slice = std::chrono::duration<double>(timeout_s / WAITS);
   std::unique_lock<std::mutex> lock(mutex_);
   for (int at = progress(), num_waits = 0; num_waits < WAITS;) {
-    if (finished_.wait_for(lock, slice, is_done)) return true;
+    for (const auto began = Clock::now(); Clock::now() - began < slice;)
+      if (finished_.wait_for(lock, std::min<std::chrono::duration<double>>(slice, NAP), is_past_it)) return true;
     num_waits = progress() == at ? num_waits + 1 : 0;
     at = progress();
   }
   int running = RUNNING;
-  return !state_.compare_exchange_strong(running, ABANDONED);
+  if (!state_.compare_exchange_strong(running, ABANDONED)) return true;
+  given_up_at_ = std::max(0, progress());
+  return is_past(part);
 }
 
 void Pool::barrier() {

@@ -91,6 +91,24 @@ def test_argmax_is_the_first_of_equals(isa, n, seed):
 
 
 @each_isa
+@given(n=st.integers(1, 300), seed=SEED, scale=st.sampled_from([0.1, 3.0, 30.0, 1e6]))
+@settings(max_examples=60, deadline=None)
+def test_steps_below_bound_the_largest_of_four(isa, n, seed, scale):
+    rng = np.random.default_rng(seed)
+    x = (rng.standard_normal(n) * scale).astype(np.float32)
+    x[rng.random(n) < 0.1] = -np.inf
+    if np.isneginf(x).all():
+        x[0] = 0
+    top = x.max()
+    padded = np.full(-(-n // 64) * 64, -np.inf, np.float32)
+    padded[:n] = x
+    largest = padded.reshape(-1, 4, 16).max(1).reshape(-1)
+
+    found = native.steps_below(isa, x, float(top))
+    assert found.tolist() == np.minimum(255, np.floor((top - largest) * np.float32(8))).tolist()
+
+
+@each_isa
 @given(n=st.integers(1, 300), seed=SEED, bad=st.sampled_from([np.nan, np.inf]))
 @settings(max_examples=30, deadline=None)
 def test_argmax_refuses_what_is_not_finite(isa, n, seed, bad):
