@@ -30,31 +30,26 @@ class Checking:
     """The tokens of one step that are to be checked, in parallel lists.
 
     Attributes:
-        rows: From `NativeChecks.row`.
+        cursors: With `Cursor.native`.
         tokens: Drawn.
         positions: Generated tokens before each.
         logit_rows: `Planned.first_logits`.
-        asks_forced: Whether somebody wants to know if text is forced behind it.
         runs: What is under way: the first entry and the end of each, and what the kernels gave for it.
     """
 
     cursors: list[Cursor] = field(default_factory=list)
-    rows: list[Any] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
     logit_rows: list[int] = field(default_factory=list)
-    asks_forced: list[bool] = field(default_factory=list)
     runs: list[tuple[int, int, Any]] = field(default_factory=list)
 
-    def add(self, cursor: Cursor, row: Any, token: int, position: int, logit_row: int) -> int:
+    def add(self, cursor: Cursor, token: int, position: int, logit_row: int) -> int:
         """The number of the new entry."""
         self.cursors.append(cursor)
-        self.rows.append(row)
         self.tokens.append(token)
         self.positions.append(position)
         self.logit_rows.append(logit_row)
-        self.asks_forced.append(cursor.jumps)
-        return len(self.rows) - 1
+        return len(self.tokens) - 1
 
 
 class NativeChecks:
@@ -93,14 +88,14 @@ class NativeChecks:
         begin = getattr(executor, "begin_matches", None) or kernels.MatchThread().begin_matches
         return cls(kernels, begin, timeout_s, counters, getattr(executor, "keeps_logits", False))
 
-    def row(self, cursor: Cursor, seed: int, sequence: int, temperature: float) -> Any:
-        """The native side of a sequence, or None. `seed` and `sequence` name its random numbers."""
+    def row(self, cursor: Cursor, seed: int, sequence: int, temperature: float, jumps: bool) -> Any:
+        """The native side of a sequence, or None. `seed` and `sequence` name its random numbers; `jumps`: whether text is forced is to be told."""
         matcher = cursor.matcher
         native = getattr(matcher, "native", None)  # of a `NativeMatcher`
         capsule = native() if native is not None else None
         if capsule is None:
             return None
-        return self._kernels.MatchRow(capsule, matcher, cursor.num_words, (seed ^ SECOND) & _64_BITS, sequence, temperature)
+        return self._kernels.MatchRow(capsule, matcher, cursor.num_words, (seed ^ SECOND) & _64_BITS, sequence, temperature, jumps)
 
     def begin(self, c: Checking, logits: np.ndarray) -> None:
         """Hands over the entries that were added since the last call. Only the step's own matchers may be asked until `result` told of them.
@@ -108,13 +103,13 @@ class NativeChecks:
         Args:
             logits: (R, vocab) float32 of the step, not to change meanwhile.
         """
-        first, end = c.runs[-1][1] if c.runs else 0, len(c.rows)
+        first, end = c.runs[-1][1] if c.runs else 0, len(c.cursors)
         if first < end:
             c.runs.append(self._run(c, first, end, logits))
 
     def _run(self, c: Checking, first: int, end: int, logits: np.ndarray) -> tuple[int, int, Any]:
         at = slice(first, end)
-        run = self._begin(c.rows[at], c.tokens[at], c.positions[at], logits, c.logit_rows[at], c.asks_forced[at], self._timeout_s)
+        run = self._begin([cursor.native for cursor in c.cursors[at]], c.tokens[at], c.positions[at], logits, c.logit_rows[at], self._timeout_s)
         return first, end, run
 
     def result(self, c: Checking, entry: int, logits: np.ndarray) -> tuple[int, bool]:
@@ -139,7 +134,7 @@ class NativeChecks:
                 return -1, False
         token, flags = found
         counters = self._counters
-        counters.num_forced_calls += c.asks_forced[entry]
+        counters.num_forced_calls += cursor.jumps
         if flags & self._redrawn:
             counters.num_redrawn += 1
             counters.num_masks_filled += 1

@@ -74,25 +74,29 @@ class Obeying:
         self._checking = None
         if result is None or self._native_checks is None:
             return
-        row = 0
+        c, row = Checking(), 0
         for p in plan:
-            rows, s = p.rows, p.seq
+            rows = p.rows
             assert rows is not None
-            if rows.kept and best[row] >= 0 and s.state is State.RUNNING:
-                self._check(s, best[row], -1 - row)
+            if rows.kept and (token := best[row]) >= 0:  # it has a matcher with a native side then, and one wanted row
+                s = p.seq
+                cursor = s.grammar
+                assert cursor is not None
+                cursor.checked_as = c.add(cursor, token, s.num_generated, -1 - row)
             row += rows.num_wanted
-        if self._checking is not None:
-            self._native_checks.begin(self._checking, result.logits)
+        if c.cursors:
+            self._checking = c
+            self._native_checks.begin(c, result.logits)
 
     def _check(self, s: Seq, token: int, logit_row: int) -> bool:
         """Adds a token to those to be checked. False when its matcher has no native side."""
         cursor = s.grammar
         assert cursor is not None
-        if not (row := cursor.native or self._native_row(s, cursor)):
+        if not (cursor.native or self._native_row(s, cursor)):
             return False
         if self._checking is None:
             self._checking = Checking()
-        cursor.checked_as = self._checking.add(cursor, row, token, s.num_generated, logit_row)
+        cursor.checked_as = self._checking.add(cursor, token, s.num_generated, logit_row)
         return True
 
     def _obey(self, sampled: Sequence[Sampled]) -> Iterator[Obeyed]:
@@ -147,8 +151,8 @@ class Obeying:
         if self._native_checks is None or g.request.grammar is None:
             cursor.native = False
         elif cursor.native is None:
-            cursor.native = self._native_checks.row(cursor, g.seed, s.index, s.sampling.temperature) or False
             cursor.jumps = self._grammars.jumper(g.request.grammar) is not None
+            cursor.native = self._native_checks.row(cursor, g.seed, s.index, s.sampling.temperature, cursor.jumps) or False
         return cursor.native
 
     def _advance_of(self, s: Seq, sampled: Sequence[int], p: Planned | None, *, is_accepted: bool = False) -> Advance:

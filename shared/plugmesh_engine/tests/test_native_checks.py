@@ -29,7 +29,7 @@ class Row:
         self.matcher, self.reference = grammar.matcher(), grammar.matcher()
         self.seed, self.temperature = seed, temperature
         self.capsule, self.kept = native_side(self.matcher, V.num_words)
-        self.native = plugmesh_kernels.native().MatchRow(self.capsule, (self.matcher, self.kept), V.num_words, seed, 3, temperature)
+        self.native = plugmesh_kernels.native().MatchRow(self.capsule, (self.matcher, self.kept), V.num_words, seed, 3, temperature, True)
 
     def expected(self, token: int, position: int, logits: np.ndarray) -> tuple[int, int]:
         k, flags = plugmesh_kernels.native(), 0
@@ -49,9 +49,9 @@ def executor(num_threads: int):
     return test_native.executor(test_native.native_model("f32")[0], num_threads=num_threads)
 
 
-def checked(e, rows, tokens, positions, logits, logit_rows, asks_forced, timeout_s):
+def checked(e, rows, tokens, positions, logits, logit_rows, timeout_s):
     """Accepted tokens and flags of all rows, or of those before one whose matcher hangs."""
-    run = e.begin_matches(rows, tokens, positions, logits, logit_rows, asks_forced, timeout_s)
+    run = e.begin_matches(rows, tokens, positions, logits, logit_rows, timeout_s)
     found = [f for f in map(run.result, range(len(rows))) if f is not None]
     assert run.given_up_at == (-1 if len(found) == len(rows) else len(found))
     return [token for token, _ in found], [flags for _, flags in found]
@@ -80,13 +80,13 @@ def test_checks_and_runs_in_any_order_on_one_pool(num_threads, acts, seed):
         if act == "run":
             assert sampled(e, logits) == logits.argmax(1).tolist()
         elif act == "nothing":
-            assert checked(e, [], [], [], logits, [], [], 5.0) == ([], [])
+            assert checked(e, [], [], [], logits, [], 5.0) == ([], [])
         else:
             alive = [r for r in rows if not r.reference.is_terminated]
             tokens = rng.integers(0, VOCAB, len(alive)).tolist()
             at = rng.permutation(len(rows))[: len(alive)].tolist()
             want = [r.expected(t, position, logits[i]) for r, t, i in zip(alive, tokens, at, strict=True)]
-            found = checked(e, [r.native for r in alive], tokens, [position] * len(alive), logits, at, [True] * len(alive), 5.0)
+            found = checked(e, [r.native for r in alive], tokens, [position] * len(alive), logits, at, 5.0)
             assert list(zip(*found, strict=True)) == want
     e.close()
 
@@ -109,13 +109,13 @@ def test_a_matcher_that_hangs_loses_its_thread_and_nothing_else(kind):
         rows = [Row(grammar, 1, 0.0) for _ in range(3)]
         bad = Hangs(rows[1].matcher.grammar, list(rows[1].matcher.history))
         rows[1].capsule, rows[1].kept = native_side(bad, V.num_words)
-        rows[1].native = plugmesh_kernels.native().MatchRow(rows[1].capsule, (bad, rows[1].kept), V.num_words, 1, 0, 0.0)
+        rows[1].native = plugmesh_kernels.native().MatchRow(rows[1].capsule, (bad, rows[1].kept), V.num_words, 1, 0, 0.0, False)
         natives = [r.native for r in rows]
 
-        tokens, flags = checked(e, natives, [letter] * 3, [0] * 3, logits, [0, 1, 2], [False] * 3, 0.2)
+        tokens, flags = checked(e, natives, [letter] * 3, [0] * 3, logits, [0, 1, 2], 0.2)
         assert (len(tokens), len(flags)) == (1, 1) and tokens == [letter]
         assert entered.is_set() and not rows[2].matcher.history[1:]
-        tokens, _ = checked(e, natives[2:], [letter], [0], logits, [2], [False], 5.0)
+        tokens, _ = checked(e, natives[2:], [letter], [0], logits, [2], 5.0)
         assert tokens == [letter]
         if kind != "its own":
             assert sampled(e, np.eye(3, VOCAB, dtype=np.float32)) == [0, 1, 2]
@@ -152,9 +152,9 @@ def test_a_matcher_that_fails_or_allows_nothing_is_told_apart():
         matcher = Odd(grammar, [grammar.start])
         matcher.how = how
         capsule, kept = native_side(matcher, V.num_words)
-        row = k.MatchRow(capsule, (matcher, kept), V.num_words, 1, 0, 0.0)
+        row = k.MatchRow(capsule, (matcher, kept), V.num_words, 1, 0, 0.0, False)
         letter = next(t for t in range(VOCAB) if grammar.matcher().accept(t))
-        found[how] = checked(thread, [row], [letter], [0], np.zeros((1, VOCAB), np.float32), [0], [False], 5.0)[1][0]
+        found[how] = checked(thread, [row], [letter], [0], np.zeros((1, VOCAB), np.float32), [0], 5.0)[1][0]
     assert {h: f & (k.MATCH_FAILED | k.MATCH_NOTHING) for h, f in found.items()} == {
         "raise": k.MATCH_FAILED, "free": k.MATCH_FAILED, "nothing": k.MATCH_NOTHING, "accept": 0}
 
@@ -167,8 +167,8 @@ def test_what_does_not_fit_is_refused(change):
         if change == "a capsule of another name":
             from plugmesh_kernels import jit
 
-            k.MatchRow(jit.capsule(row.kept, "plugmesh.layer.v1"), None, V.num_words, 1, 0, 0.0)
+            k.MatchRow(jit.capsule(row.kept, "plugmesh.layer.v1"), None, V.num_words, 1, 0, 0.0, False)
         k.MatchThread().begin_matches(
             [row.native], [1, 2] if change == "token count" else [1], [0], logits.astype(np.float64) if change == "dtype" else logits,
-            [1] if change == "row of the logits" else [0], [False], 1.0,
+            [1] if change == "row of the logits" else [0], 1.0,
         )  # fmt: skip

@@ -231,10 +231,10 @@ struct PyExecutor {
   }
 
   py::object begin_matches(const py::list& rows, const py::list& tokens, const py::list& positions, const py::array& step_logits,
-                           const py::list& logit_rows, const py::list& asks_forced, double timeout_s) {
+                           const py::list& logit_rows, double timeout_s) {
     Pool& pool = get().pool();
     need(pool.num_threads() > 1, "an executor with one thread has none to lend");
-    return pm::begin_matches(pool, executor.get(), rows, tokens, positions, step_logits, logit_rows, asks_forced, timeout_s);
+    return pm::begin_matches(pool, executor.get(), rows, tokens, positions, step_logits, logit_rows, timeout_s);
   }
 
   int best_allowed(int row, const py::array_t<uint32_t, py::array::c_style>& mask) {
@@ -418,7 +418,7 @@ void bind_executor(py::module_& m) {
       .def("best_allowed", &PyExecutor::best_allowed, py::arg("row"), py::arg("mask"),
            "The best token of those with a bit in `mask` (words,) uint32, -1 when there is none; `row`: a wanted one of the last run that was kept.")
       .def("begin_matches", &PyExecutor::begin_matches, py::keep_alive<0, 1>(), pm::BEGIN_MATCHES, py::arg("rows"), py::arg("tokens"), py::arg("positions"),
-           py::arg("logits"), py::arg("logit_rows"), py::arg("asks_forced"), py::arg("timeout_s"))
+           py::arg("logits"), py::arg("logit_rows"), py::arg("timeout_s"))
       .def("set_attention", &PyExecutor::set_attention, py::arg("function").none(true),
            "function(layer, q (T, heads, D), k, v (T, kv_heads, D), out (T, heads, D) to fill), float32; stores k and v itself; or a capsule "
            "\"plugmesh.attention.v2\". None for the native one.")

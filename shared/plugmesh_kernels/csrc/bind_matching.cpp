@@ -22,7 +22,7 @@ struct PyMatchRow {
   MatchRow row;
   py::capsule matcher;
   py::object owner;
-  PyMatchRow(py::capsule capsule, py::object its_owner, int num_words, uint64_t seed, uint64_t sequence, float temperature)
+  PyMatchRow(py::capsule capsule, py::object its_owner, int num_words, uint64_t seed, uint64_t sequence, float temperature, bool asks_forced)
       : matcher(std::move(capsule)), owner(std::move(its_owner)) {
     if (matcher.name() == nullptr || std::string(matcher.name()) != MATCHER) throw std::invalid_argument("not a matcher's capsule");
     if (num_words < 1) throw std::invalid_argument("a mask has words");
@@ -31,6 +31,7 @@ struct PyMatchRow {
     row.seed = seed;
     row.sequence = sequence;
     row.temperature = temperature;
+    row.asks_forced = asks_forced;
     row.mask.resize(size_t(num_words));
   }
 };
@@ -39,11 +40,11 @@ struct PyMatchRow {
 class PyMatchRun {
  public:
   PyMatchRun(Pool& pool, KeptLogits* kept, const py::list& rows, const py::list& tokens, const py::list& positions, const py::array& logits, const py::list& logit_rows,
-             const py::list& asks_forced, double timeout_s)
+             double timeout_s)
       : pool_(pool), job_(std::make_shared<MatchJob>()), rows_(rows), logits_(logits) {
     const size_t n = rows.size();
-    if (tokens.size() != n || positions.size() != n || logit_rows.size() != n || asks_forced.size() != n)
-      throw std::invalid_argument("one token, position, row of the logits and question per row");
+    if (tokens.size() != n || positions.size() != n || logit_rows.size() != n)
+      throw std::invalid_argument("one token, position and row of the logits per row");
     if (!py::isinstance<py::array_t<float, py::array::c_style>>(logits) || logits.ndim() != 2)
       throw std::invalid_argument("logits: (R, V) float32 in C order");
     job_->vocab = int(logits.shape(1));
@@ -55,7 +56,7 @@ class PyMatchRun {
       if (at >= logits.shape(0) || (at < 0 && (kept == nullptr || !kept->is_kept(int(-1 - at))))) throw std::invalid_argument("row of the logits out of range");
       if (at < 0 && row.temperature > 0) throw std::invalid_argument("of kept logits only the largest is known");
       if (row.mask.size() * 32 < size_t(job_->vocab)) throw std::invalid_argument("one bit per token");
-      job_->parts.push_back({&row, at < 0 ? nullptr : static_cast<const float*>(logits.data(at, 0)), int(-1 - at), positions[i].cast<uint64_t>(), asks_forced[i].cast<bool>(),
+      job_->parts.push_back({&row, at < 0 ? nullptr : static_cast<const float*>(logits.data(at, 0)), int(-1 - at), positions[i].cast<uint64_t>(),
                              tokens[i].cast<int32_t>(), 0});
     }
     if (n > 0) {
@@ -104,8 +105,8 @@ class PyMatchRun {
 }  // namespace
 
 py::object begin_matches(Pool& pool, KeptLogits* kept, const py::list& rows, const py::list& tokens, const py::list& positions, const py::array& logits,
-                         const py::list& logit_rows, const py::list& asks_forced, double timeout_s) {
-  return py::cast(std::make_unique<PyMatchRun>(pool, kept, rows, tokens, positions, logits, logit_rows, asks_forced, timeout_s));
+                         const py::list& logit_rows, double timeout_s) {
+  return py::cast(std::make_unique<PyMatchRun>(pool, kept, rows, tokens, positions, logits, logit_rows, timeout_s));
 }
 
 }  // namespace pm
@@ -114,15 +115,16 @@ void bind_matching(py::module_& m) {
   using namespace py::literals;
   using namespace pm;
   py::class_<PyMatchRow>(m, "MatchRow", "One sequence: the capsule of its matcher, who owns what that points at, and what names the random numbers of its second draws.")
-      .def(py::init<py::capsule, py::object, int, uint64_t, uint64_t, float>(), "matcher"_a, "owner"_a, "num_words"_a, "seed"_a, "sequence"_a, "temperature"_a);
+      .def(py::init<py::capsule, py::object, int, uint64_t, uint64_t, float, bool>(), "matcher"_a, "owner"_a, "num_words"_a, "seed"_a, "sequence"_a, "temperature"_a,
+           "asks_forced"_a);
   py::class_<Pool>(m, "MatchThread", "A thread that asks matchers for drawn tokens, where no executor lends one of its own.")
       .def(py::init([] { return std::make_unique<Pool>(2, 0, false); }))
       .def("begin_matches",
            [](Pool& pool, const py::list& rows, const py::list& tokens, const py::list& positions, const py::array& logits, const py::list& logit_rows,
-              const py::list& asks_forced, double timeout_s) {
-             return begin_matches(pool, nullptr, rows, tokens, positions, logits, logit_rows, asks_forced, timeout_s);
+              double timeout_s) {
+             return begin_matches(pool, nullptr, rows, tokens, positions, logits, logit_rows, timeout_s);
            },
-           py::keep_alive<0, 1>(), BEGIN_MATCHES, "rows"_a, "tokens"_a, "positions"_a, "logits"_a, "logit_rows"_a, "asks_forced"_a, "timeout_s"_a);
+           py::keep_alive<0, 1>(), BEGIN_MATCHES, "rows"_a, "tokens"_a, "positions"_a, "logits"_a, "logit_rows"_a, "timeout_s"_a);
   py::class_<PyMatchRun>(m, "MatchRun", "The tokens of one step in their matchers.")
       .def("result", &PyMatchRun::result, "row"_a,
            "The accepted token, -1 for none, and flags of matching.h, as soon as they are there. None for a row whose matcher hangs, and those behind it.")

@@ -41,7 +41,7 @@ void MatchJob::check(MatchPart& p) {
   }
   if (standing & 1) p.flags |= MATCH_COMPLETED;
   if (standing & 2) p.flags |= MATCH_TERMINATED;
-  if (standing != 0 || !p.asks_forced) return;
+  if (standing != 0 || !row.asks_forced) return;
   const int forced = row.call(row.state, MATCH_FORCED, 0, nullptr);
   if (forced < 0) p.flags = MATCH_FAILED;
   if (forced > 0) p.flags |= MATCH_IS_FORCED;

@@ -43,6 +43,7 @@ struct MatchRow {  // one sequence
   void* state;
   uint64_t seed, sequence;  // of its second draws
   float temperature;
+  bool asks_forced;  // somebody wants to know if text is forced behind a token
   std::vector<uint32_t> mask;
 };
 
@@ -51,7 +52,6 @@ struct MatchPart {  // its part of one step
   const float* logits;  // (vocab,); nullptr: row `kept_row` of the job's `kept`
   int kept_row;
   uint64_t position;
-  bool asks_forced;
   int32_t token;  // in: drawn; out: accepted
   uint8_t flags;  // out
 };
