@@ -132,7 +132,9 @@ class Executor(Protocol):
     #     prepare_weights(model) -> PreparedWeights: everything that takes long; on any thread, beside `run`. FailedPrecondition for a model of another kind.
     #     set_weights(prepared): between two runs; `prepared` then holds what was in force before. Neither copies nor frees anything, and `layout` is that of
     #         the new weights.
-    # An executor may also have `sample`, with the signature of `plugmesh_engine.sampler.sample_rows`, to draw tokens on its own threads.
+    # An executor may also have `sample`, with the signature of `plugmesh_engine.sampler.sample_rows`, to draw tokens on its own threads; and `begin_matches`,
+    # which has matchers of grammars asked on one of them (`plugmesh_engine.native_checks`), or None where it has none to spare. With `keeps_logits` it takes
+    # rows whose logits are `kept`, and finds the second draw of a greedy one by itself.
 
 
 class PreparedWeights(Protocol):
