@@ -70,8 +70,10 @@ def test_its_random_numbers_are_those_of_the_sampler(seed, sequence, position):
 
 @pytest.mark.parametrize("num_threads", [2, 3])
 @settings(max_examples=15, deadline=None)
-@given(st.lists(st.sampled_from(["check", "run", "nothing"]), min_size=1, max_size=30), st.integers(0, 1000))
+@given(st.lists(st.sampled_from(["check", "begin", "run", "nothing"]), min_size=1, max_size=30), st.integers(0, 1000))
 def test_checks_and_runs_in_any_order_on_one_pool(num_threads, acts, seed):
+    """`begin`: the results are looked at when the pool has done other things, or is gone."""
+    begun = []
     rng, e = np.random.default_rng(seed), executor(num_threads)
     grammars = [compile_small(PERSON), compile_small(WORD), compile_small(star(one_of(LETTERS)))]
     rows = [Row(g, seed, t) for g in grammars for t in (0.0, 1.2)]
@@ -86,9 +88,14 @@ def test_checks_and_runs_in_any_order_on_one_pool(num_threads, acts, seed):
             tokens = rng.integers(0, VOCAB, len(alive)).tolist()
             at = rng.permutation(len(rows))[: len(alive)].tolist()
             want = [r.expected(t, position, logits[i]) for r, t, i in zip(alive, tokens, at, strict=True)]
-            found = checked(e, [r.native for r in alive], tokens, [position] * len(alive), logits, at, 5.0)
-            assert list(zip(*found, strict=True)) == want
+            what = [r.native for r in alive], tokens, [position] * len(alive), logits, at, 5.0
+            if act == "begin":
+                begun.append((e.begin_matches(*what), want))
+            else:
+                assert list(zip(*checked(e, *what), strict=True)) == want
     e.close()
+    for run, want in begun:
+        assert [run.result(i) for i in range(len(want))] == want
 
 
 @pytest.mark.parametrize("kind", ["two threads", "three threads", "its own"])

@@ -241,8 +241,10 @@ struct PyExecutor {
     Executor& e = get();
     need(e.is_kept(row), "no logits of that row were kept");
     need(mask.size() * 32 >= e.shape().vocab, "one bit per token");
+    const uint32_t* words = mask.data();
+    const py::gil_scoped_release release;  // a matcher that is still asked may be Python's
     e.pool().settle();
-    return e.best_allowed(row, mask.data());
+    return e.best_allowed(row, words);
   }
 
   void set_attention(py::object function) {
@@ -427,7 +429,15 @@ void bind_executor(py::module_& m) {
       .def("set_embedding", &PyExecutor::set_embedding, py::arg("function").none(true),
            "function(tokens (T,) int32, x (T, hidden) float32 to fill), or a capsule \"plugmesh.embedding.v1\".")
       .def("all_finite", [](const PyExecutor& self, const std::vector<int>& blocks) { return all_finite(self, blocks); }, py::arg("blocks"))
-      .def("close", [](PyExecutor& self) { self.executor.reset(); }, "Ends the threads; the executor must not be running.");
+      .def("close",
+           [](PyExecutor& self) {
+             if (self.executor) {
+               const py::gil_scoped_release release;  // a matcher that is still asked may be Python's
+               self.executor->pool().settle();
+             }
+             self.executor.reset();
+           },
+           "Ends the threads; the executor must not be running.");
 
   m.def("kv_block_bytes",
         [](int num_layers, int kv_heads, int head_dim, const std::string& kv_type) {
