@@ -107,7 +107,7 @@ def test_a_matcher_that_hangs_ends_its_request_alone(monkeypatch):
     undisturbed = engine_of()
     want = run_to_end(undisturbed, *requests())
     undisturbed.close()
-    engine = engine_of(grammar_timeout_s=0.5)
+    engine = engine_of(grammar_timeout_s=2.0)
     all_of_them = requests()
     for request in all_of_them:
         engine.add(request)

@@ -230,6 +230,27 @@ def test_functions_and_buffers_may_stand_for_every_matrix(executor, shape, with_
     assert np.abs(parts - want).max() < 0.01 * want.std()
 
 
+@pytest.mark.parametrize("with_capsules", [True, False])
+@pytest.mark.skipif(not plugmesh_kernels.available(), reason="no native kernels")
+def test_logits_of_a_head_from_outside_can_be_kept(with_capsules, library, tmp_path):
+    weights = weights_of(CONFIG)
+    record = all_foreign(CONFIG, weights, library, with_capsules=with_capsules)
+    model = load_model(write_packed(tmp_path, MemorySource(CONFIG, weights), record), settings("native"), record)
+    e = model.build_executor(settings("native"))
+    ids, rng = prompt(CONFIG, 6), np.random.default_rng(2)
+    logits = e.run([Rows([t], 0, [1 + i], 1, True) for i, t in enumerate(ids)]).logits.copy()
+    e.run([Rows([t], 0, [1 + i], 1, i == 1, i % 2 == 0) for i, t in enumerate(ids)])
+
+    for row in (0, 2, 4):
+        for num_allowed in (0, 1, 20, CONFIG.vocab_size // 2, CONFIG.vocab_size):
+            allowed = np.zeros(CONFIG.vocab_size, bool)
+            allowed[rng.permutation(CONFIG.vocab_size)[:num_allowed]] = True
+            words = np.packbits(np.concatenate([allowed, np.zeros(-CONFIG.vocab_size % 32, bool)]), bitorder="little").view(np.uint32)
+            want = int(np.where(allowed, logits[row], -np.inf).argmax()) if num_allowed else -1
+            assert e._native.best_allowed(row, words) == want
+    e.close()
+
+
 @pytest.mark.skipif(not plugmesh_kernels.available(), reason="no native kernels")
 def test_any_number_of_threads_gives_the_same_bits(library, tmp_path):
     weights = weights_of(CONFIG)
