@@ -153,12 +153,12 @@ bool SideJob::wait(int part, double timeout_s) {
   for (int at = progress(), num_waits = 0; num_waits < WAITS;) {
     for (const auto began = Clock::now(); Clock::now() - began < slice;)
       if (finished_.wait_for(lock, std::min<std::chrono::duration<double>>(slice, NAP), is_past_it)) return true;
-    num_waits = progress() == at ? num_waits + 1 : 0;
+    num_waits = at >= 0 && progress() == at ? num_waits + 1 : 0;  // a worker that has not begun is not hung, and would look for its job when there is none
     at = progress();
   }
   int running = RUNNING;
   if (!state_.compare_exchange_strong(running, ABANDONED)) return true;
-  given_up_at_ = std::max(0, progress());
+  given_up_at_ = progress();
   return is_past(part);
 }
 

@@ -24,7 +24,7 @@ class SideJob {
  public:
   virtual ~SideJob() = default;
   virtual void run() = 0;                // the parts in order; looks at is_abandoned() between them
-  virtual int progress() const = 0;      // the part being done: those before it are visible to whoever has read this
+  virtual int progress() const = 0;      // the part being done, -1 before the first: those before it are visible to whoever has read this
   bool is_abandoned() const { return state_.load() == ABANDONED; }
   // Asked by the pool's owner. What is done after the job was given up on does not count.
   bool is_past(int part) const {
