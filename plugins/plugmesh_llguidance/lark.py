@@ -59,6 +59,8 @@ class _Writer:
             return " ".join(self.render(i, depth + 1) for i in node.items) or '""'
         if isinstance(node, Alt):
             return "(" + " | ".join(self.render(i, depth + 1) for i in node.items) + ")"
+        if node.most == 0:  # the library refuses such a count
+            return '""'
         most = "" if node.most is None else node.most
         return f"({self.render(node.item, depth + 1)}){{{node.least},{most}}}"
 

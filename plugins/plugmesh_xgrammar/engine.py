@@ -7,7 +7,7 @@ import json
 import re
 from typing import Any
 
-from plugmesh.errors import DataLoss, UnsupportedGrammar
+from plugmesh.errors import DataLoss, LimitExceeded, UnsupportedGrammar
 from plugmesh.grammar import gbnf, regex
 from plugmesh.grammar.form import pack, unpack
 from plugmesh.grammar.seams import GrammarVocabulary
@@ -84,6 +84,8 @@ class XgrammarEngine:
                 raise UnsupportedGrammar(f"xgrammar does not take grammars in {language!r}", keyword=language)
             text = str(grammar.serialize_json())
         except (RuntimeError, ValueError, TypeError) as e:
+            if "bad_alloc" in str(e):
+                raise LimitExceeded("the grammar needs more memory than allowed", param="grammar") from e
             raise UnsupportedGrammar(f"xgrammar cannot compile the {language}: {_first_line(e)}", keyword=language) from e
         return pack(*self._header, text.encode())
 

@@ -122,9 +122,11 @@ class WorkerPool:
                     log.warning("grammar.worker_died", signal=e.number, op=fields["op"])
                     if e.number == signal.SIGALRM:
                         raise self._too_long() from e
-                    # Somebody else may have killed it, then the grammar is not to blame; twice is no accident.
-                    if is_last or e.number != signal.SIGKILL:
+                    # Somebody else may have killed it, then the grammar is not to blame. Else it broke its engine, and another one may do better; twice is enough.
+                    is_broken = e.number != signal.SIGKILL
+                    if is_last or (is_broken and fields["op"] != "compile"):
                         raise LimitExceeded("the grammar needs more memory than allowed, or breaks its engine", param="grammar") from e
+                    fields = {**fields, "num_broken": int(is_broken)}
             raise AssertionError("unreachable")
         finally:
             self._free.release()

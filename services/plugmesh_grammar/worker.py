@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import resource
 import signal
@@ -108,12 +109,16 @@ class Worker:
         records = [r for r in self._records if r.name in engines and spec.engine in ("", r.name)]
         if not records:
             raise Unavailable("no grammar engine can be used here", retry_after_s=5)
-        refusal: PlugmeshError | None = None
-        for candidate, language, record in pairings([(c.language, c) for c in lowered.candidates], records):
+        num_broken = fields.get("num_broken", 0)  # so many did not survive it, in processes before this one
+        refusal: PlugmeshError | None = LimitExceeded("the grammar needs more memory than allowed, or breaks its engine", param="grammar") if num_broken else None
+        for candidate, language, record in itertools.islice(pairings([(c.language, c) for c in lowered.candidates], records), num_broken, None):
             try:
                 compiled = engines[record.name].compile(language, candidate.source)
-            except UnsupportedGrammar as e:
+            except (UnsupportedGrammar, LimitExceeded) as e:
                 refusal = refusal or e
+                continue
+            except MemoryError:
+                refusal = refusal or LimitExceeded("the grammar needs more memory than allowed", param="grammar")
                 continue
             info = {
                 "engine": record.name, "version": record.version, "language": language, "compile_ms": 1000 * (time.perf_counter() - began),

@@ -47,11 +47,13 @@ TOOLS = [openai.pydantic_function_tool(GetWeather), openai.pydantic_function_too
 ASK = [{"role": "user", "content": "What is the weather in Paris?"}]
 
 
-@pytest.fixture(scope="module")
-def client(tmp_path_factory):
+@pytest.fixture(scope="module", params=["both engines", "llguidance"])
+def client(request, tmp_path_factory):
     if models.find("smollm2") is None:
         pytest.skip("the default model is not here; plugmesh pull smollm2 fetches it")
     config = {"services": {"decode": {"num_kv_blocks": 256}, "prefill": {"num_kv_blocks": 256}}}
+    if request.param != "both engines":
+        config["services"]["grammar"] = {"plugins": [request.param]}
     with running(tmp_path_factory.mktemp("mesh"), config) as cluster, openai.OpenAI(
         base_url=cluster.base_url, api_key="none", max_retries=0, timeout=300) as c:
         yield c

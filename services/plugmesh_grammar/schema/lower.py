@@ -18,9 +18,10 @@ from .lark import LarkWriter
 from .limits import SchemaLimits
 from .lowering import Lowering
 from .normal import KEYWORDS, Normaliser
+from .tags import tag_gbnf
 
 # Part of the key that compiled grammars are cached by: any change to what is made of a specification raises it.
-FRONT_END_VERSION = "1"
+FRONT_END_VERSION = "2"
 _MAX_RELAXED = 50
 
 
@@ -238,5 +239,7 @@ def _structural_tag(tag: Any, limits: SchemaLimits, flexible: bool, relaxed: boo
 
     if not isinstance(tag, dict):
         _bad("a structural tag is a JSON object")
-    source = json.dumps(walk(tag, ""), ensure_ascii=False, default=float)
-    return Lowered((Candidate("structural_tag", source),), tuple(dropped))
+    without_schemas = walk(tag, "")
+    source = json.dumps(without_schemas, ensure_ascii=False, default=float)
+    written = tag_gbnf(without_schemas)
+    return Lowered((Candidate("structural_tag", source), *([Candidate("ebnf", written)] if written else [])), tuple(dropped))

@@ -53,6 +53,8 @@ CASES: dict[str, Grammar] = {
     "any characters but": _g(root=Seq((_some(Chars(complement(ranges_of([(10, 10), (34, 34), (97, 98)])))), Text('"')))),
     "a greedy beginning": _g(root=Seq((_many(Text("a")), Text("a"), Repeat(Text("aa"), 0, 2), Text("b")))),
     "counts": _g(root=Seq((Repeat(_class("ab"), 2, 4), Repeat(Text("01"), 3, 3), Repeat(Text("x"), 0, 2)))),
+    "counts of nothing": _g(root=Alt((Seq((Text("a"), Repeat(Text("b"), 0, 0), Repeat(Ref("root"), 0, 0), Text("c"))), Repeat(Text("d"), 0, 0)))),
+    "counts of nothing, no recursion": _g(root=Seq((Text("a"), Repeat(_class("be"), 0, 0), Text("c")))),
     "counts of counts": _g(root=Seq((Repeat(Repeat(Text("a"), 2, 3), 2, 2), Text("b")))),
     "nullable in a row": _g(root=Seq((Ref("x"), Ref("y"), Ref("x"), Ref("z"))), x=_maybe(Text("a")), y=Alt((Text(""), Text("ab"), Ref("x"))), z=Repeat(Ref("y"), 0, 2)),
     "nullable many times": _g(root=Seq((_many(_many(_maybe(Text("ab")))), Text("c")))),

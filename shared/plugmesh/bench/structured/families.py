@@ -506,7 +506,7 @@ def weather_report(rng: random.Random) -> Made:
 def short_format(rng: random.Random) -> Made:
     """Formats without a bound of their own: a model at temperature 1 seldom finds the end of one."""
     name = rng.choice(("email", "hostname", "uri"))
-    return _object({"at": ({"type": "string", "format": name, "maxLength": rng.randint(24, 32)}, _FORMATS[name])}, additionalProperties=False)
+    return _object({"at": ({"type": "string", "format": name, "maxLength": rng.randint(26, 32)}, _FORMATS[name])}, additionalProperties=False)
 
 
 FAMILIES: dict[str, Family] = {name: f for name, f in list(globals().items()) if inspect.isfunction(f) and f.__module__ == __name__ and not name.startswith("_")}
