@@ -86,15 +86,13 @@ class WorkerPool:
         """
         settings = self._settings
         fields = {
-            "op": "compile", "hash": vocabulary.tokenizer_hash, "spec": dataclasses.asdict(spec),
+            "op": "compile", "hash": vocabulary.tokenizer_hash, "spec": dataclasses.asdict(spec), "max_compiled_bytes": settings.max_compiled_bytes,
             "limits": {
                 "max_bytes": settings.max_schema_bytes, "max_depth": settings.max_schema_depth,
                 "max_enum_values": settings.max_enum_values, "max_regex_chars": settings.max_regex_chars,
             },
         }
         reply, data = await self._ask(fields, b"", vocabulary, packed)
-        if len(data) > settings.max_compiled_bytes:
-            raise LimitExceeded(f"its compiled form has {len(data)} bytes, at most {settings.max_compiled_bytes} are kept", param="grammar")
         return Compiled(
             reply["engine"], reply["version"], reply["compile_ms"], tuple((u["keyword"], u["path"], u["reason"]) for u in reply["unenforced"]), data)
 

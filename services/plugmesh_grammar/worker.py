@@ -111,7 +111,9 @@ class Worker:
             raise Unavailable("no grammar engine can be used here", retry_after_s=5)
         num_broken = fields.get("num_broken", 0)  # so many did not survive it, in processes before this one
         refusal: PlugmeshError | None = LimitExceeded("the grammar needs more memory than allowed, or breaks its engine", param="grammar") if num_broken else None
-        for candidate, language, record in itertools.islice(pairings([(c.language, c) for c in lowered.candidates], records), num_broken, None):
+        num_gbnf = max((len(c.source) for c in lowered.candidates if c.language == "ebnf"), default=0)
+        order = pairings([(c.language, c) for c in lowered.candidates], records, num_gbnf=num_gbnf)
+        for candidate, language, record in itertools.islice(order, num_broken, None):
             try:
                 compiled = engines[record.name].compile(language, candidate.source)
             except (UnsupportedGrammar, LimitExceeded) as e:
@@ -119,6 +121,10 @@ class Worker:
                 continue
             except MemoryError:
                 refusal = refusal or LimitExceeded("the grammar needs more memory than allowed", param="grammar")
+                continue
+            if len(compiled) > fields["max_compiled_bytes"]:
+                refusal = refusal or LimitExceeded(
+                    f"its compiled form has {len(compiled)} bytes, at most {fields['max_compiled_bytes']} are kept", param="grammar")
                 continue
             info = {
                 "engine": record.name, "version": record.version, "language": language, "compile_ms": 1000 * (time.perf_counter() - began),

@@ -175,10 +175,10 @@ async def test_a_hostile_grammar_costs_its_own_request_only(literal, command, er
     assert not instance.service.compiler._refused
 
 
-@pytest.mark.parametrize("command", ["eat", "abort", "no", pytest.param("quit", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("command", ["eat", "big", "abort", "no", pytest.param("quit", marks=pytest.mark.slow)])
 async def test_what_breaks_one_engine_is_left_to_the_next(literal, tmp_path, command):
     literal_engine.write(tmp_path, "t_second", name="second")
-    instance = await literal.add(plugins=["t_literal", "t_second"], compile_memory_bytes=256 << 20)
+    instance = await literal.add(plugins=["t_literal", "t_second"], compile_memory_bytes=256 << 20, max_compiled_bytes=1 << 20)
 
     found = await literal.client.compile(GrammarSpec("regex", f"!literal-{command}!"), "", timeout_s=10)
     assert found.engine == "second"
