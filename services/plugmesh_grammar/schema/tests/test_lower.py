@@ -31,6 +31,7 @@ def acceptor(schema: Any, engine: str = "xgrammar", **spec: Any) -> conformance.
         ({"type": "nonsense"}, "type", "/type"),
         ({"type": "string", "maxLength": 1, "minLength": 2}, "minLength", "/minLength"),
         ({"$ref": "#"}, "$ref", "/$ref"),
+        ({"type": "integer", "if": {"$ref": "#/$defs/a"}, "then": {"maximum": 1}, "$defs": {"a": {"$ref": "#/$defs/a"}}}, "$ref", "/$defs/a/$ref"),
         ({"allOf": [{"const": 1}, {"const": 2}]}, "allOf", "/allOf"),
         ({"$schema": "https://example.com/meta"}, "$schema", "/$schema"),
         ({"minLength": -1}, "minLength", "/minLength"),

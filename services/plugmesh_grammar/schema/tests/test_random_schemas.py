@@ -105,7 +105,11 @@ def check(schema: Any, instances: list[Any], seed: int) -> None:
         return
     counted["accepted"] += 1
     for instance in instances:
-        valid = validator.is_valid(instance)
+        try:
+            valid = validator.is_valid(instance)
+        except RecursionError:  # a reference that leads to itself, where nothing depends on it (an `if` without `then`): the validator follows it all the same
+            counted["endless"] += 1
+            return
         inside = accepts(grammar, json.dumps(instance, ensure_ascii=False))
         assert valid or not inside, (schema, instance)
         counted[f"valid={valid} inside={inside}"] += 1
@@ -138,3 +142,4 @@ def test_what_many_grammars_let_through_is_valid() -> None:
     inside, missed = counted["valid=True inside=True"], counted["valid=True inside=False"]
     assert inside > 500 and missed < 0.1 * inside  # what is left out is seldom (docs/grammar-keywords.md says what)
     assert counted["accepted"] > counted["refused"]
+    assert counted["endless"] < 0.01 * counted["accepted"]

@@ -93,8 +93,10 @@ async def _compiled(engine: StructuredEngine, engines: Sequence[str], schemas: S
 def lines_of(results: Mapping[str, Mapping[str, Mapping[int, Mapping[str, Any]]]]) -> list[dict[str, Any]]:
     """Per measure and engine: milliseconds per token with and without, and the increase in percent, round by round. Runs of other lengths than asked for count not.
 
-    `increase` is of a run's time divided by its tokens, `interval` of the median time between two tokens of a run: a neighbour that takes the processor for part
-    of a run is in the first and not in the second, and so is what happens at few tokens only. The `between` are where the median over the rounds lies.
+    `increase` is of the time per token, the mean over a run's requests: the median one is now and then one whose prompt was read in the last step of prompts, and
+    the time of that step, which the others wait for, is then in the figure or not. `interval` is of the median time between two tokens of a run: a neighbour that
+    takes the processor for part of a run is in the first and not in the second, and so is what happens at few tokens only. The `between` are where the median over
+    the rounds lies.
     """
     found = []
     for measure, sides in results.items():
@@ -132,7 +134,7 @@ def left_out(results: Mapping[str, Mapping[str, Mapping[int, Mapping[str, Any]]]
 
 
 def _tpots(rounds: Mapping[int, Mapping[str, Any]]) -> dict[int, float]:
-    return {r: f["tpot_ms"]["p50"] for r, f in rounds.items() if f.get("tpot_ms") and not f["num_failed"] and not f["num_inexact"]}
+    return {r: f["tpot_ms"]["mean"] for r, f in rounds.items() if f.get("tpot_ms") and not f["num_failed"] and not f["num_inexact"]}
 
 
 async def run_mesh_overhead(setting: Setting, engines: Sequence[str], *, num_rounds: int, seed: int, progress: Progress, batches: Mapping[int, int]) -> dict[str, Any]:
