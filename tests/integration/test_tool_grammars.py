@@ -11,24 +11,38 @@ from plugmesh_gateway.tool_formats import FORMATS, HERMES, LLAMA3, SMOLLM2, Tool
 from plugmesh_gateway.tools import read_tools
 from plugmesh_grammar.schema import lower
 
-pytest.importorskip("xgrammar")
-
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"], "additionalProperties": False}
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": CITY}}, {"type": "function", "function": {"name": "now"}}]
 NAMED = {"type": "function", "function": {"name": "now"}}
 
 
+WAYS = [("xgrammar", "structural_tag"), ("xgrammar", "ebnf"), ("llguidance", "ebnf")]
+
+
 @functools.cache
-def engine():
-    from plugmesh_xgrammar.engine import XgrammarEngine
+def engine(name: str):
+    pytest.importorskip(name)
+    if name == "xgrammar":
+        from plugmesh_xgrammar.engine import XgrammarEngine
 
-    return XgrammarEngine(vocabulary())
+        return XgrammarEngine(vocabulary())
+    from plugmesh_llguidance.engine import LlguidanceEngine
+    from plugmesh_llguidance.plugin import Settings
+
+    return LlguidanceEngine(vocabulary(), Settings())
 
 
-def acceptor(how: ToolFormat, choice: object, is_parallel: bool | None = None):
+@pytest.fixture(params=WAYS, ids=" ".join)
+def way(request):
+    """An engine, and the language in which it is told."""
+    return request.param
+
+
+def acceptor(way: tuple[str, str], how: ToolFormat, choice: object, is_parallel: bool | None = None):
+    name, language = way
     wanted = tools_grammar(read_tools(TOOLS, choice, is_parallel), how, None)
-    (candidate,) = lower(wanted.spec).candidates
-    compiled = engine().load(engine().compile(candidate.language, candidate.source))
+    (candidate,) = [c for c in lower(wanted.spec).candidates if c.language == language]
+    compiled = engine(name).load(engine(name).compile(candidate.language, candidate.source))
 
     def accepts(text: str) -> bool:
         matcher = compiled.matcher()
@@ -38,10 +52,10 @@ def acceptor(how: ToolFormat, choice: object, is_parallel: bool | None = None):
 
 
 @pytest.mark.parametrize("how", FORMATS.values(), ids=FORMATS)
-def test_calls_are_those_of_the_tools_and_as_many_as_were_allowed(how: ToolFormat) -> None:
+def test_calls_are_those_of_the_tools_and_as_many_as_were_allowed(way: tuple[str, str], how: ToolFormat) -> None:
     one, other = how.call("weather", {"city": "Oslo"}), how.call("now", {})
     several = [] if how is LLAMA3 else [how.block([one, other])]
-    auto, required, named, single = acceptor(how, "auto"), acceptor(how, "required"), acceptor(how, NAMED), acceptor(how, "required", False)
+    auto, required, named, single = acceptor(way, how, "auto"), acceptor(way, how, "required"), acceptor(way, how, NAMED), acceptor(way, how, "required", False)
 
     for text in (how.block([one]), how.block([other]), *several):
         assert auto(text) and required(text)
@@ -52,9 +66,9 @@ def test_calls_are_those_of_the_tools_and_as_many_as_were_allowed(how: ToolForma
         assert not auto(how.block([wrong])) and not required(how.block([wrong]))
 
 
-def test_an_empty_list_is_allowed_where_a_call_is_not_required_and_the_family_writes_it() -> None:
+def test_an_empty_list_is_allowed_where_a_call_is_not_required_and_the_family_writes_it(way: tuple[str, str]) -> None:
     empty = "<tool_call>[]</tool_call>"
 
-    assert acceptor(SMOLLM2, "auto")(empty)
-    assert not acceptor(SMOLLM2, "required")(empty)
-    assert not acceptor(HERMES, "auto")(empty)
+    assert acceptor(way, SMOLLM2, "auto")(empty)
+    assert not acceptor(way, SMOLLM2, "required")(empty)
+    assert not acceptor(way, HERMES, "auto")(empty)
