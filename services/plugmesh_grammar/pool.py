@@ -20,6 +20,8 @@ from plugmesh_grammar.process import Worker, WorkerDied
 
 log = structlog.get_logger()
 
+_MAX_BROKEN = 2  # ways to compile a grammar that may end a process before the grammar is given up on
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Compiled:
@@ -111,21 +113,22 @@ class WorkerPool:
             self._count(waiting=-1)
         self._count(running=1)
         try:
-            for is_last in (False, True):
+            was_killed, num_broken = False, 0
+            while True:
                 try:
-                    return await self._ask_once(fields, data, vocabulary, packed)
+                    return await self._ask_once({**fields, "num_broken": num_broken}, data, vocabulary, packed)
                 except WorkerDied as e:
                     if self._is_closed:
                         raise Unavailable("the grammar service is stopping", retry_after_s=1) from e
                     log.warning("grammar.worker_died", signal=e.number, op=fields["op"])
                     if e.number == signal.SIGALRM:
                         raise self._too_long() from e
-                    # Somebody else may have killed it, then the grammar is not to blame. Else it broke its engine, and another one may do better; twice is enough.
-                    is_broken = e.number != signal.SIGKILL
-                    if is_last or (is_broken and fields["op"] != "compile"):
+                    if e.number == signal.SIGKILL and not was_killed:
+                        was_killed = True  # by somebody else perhaps, then the grammar is not to blame; twice is no accident
+                    elif e.number != signal.SIGKILL and fields["op"] == "compile" and num_broken < _MAX_BROKEN:
+                        num_broken += 1  # another engine may do better
+                    else:
                         raise LimitExceeded("the grammar needs more memory than allowed, or breaks its engine", param="grammar") from e
-                    fields = {**fields, "num_broken": int(is_broken)}
-            raise AssertionError("unreachable")
         finally:
             self._free.release()
             self._count(running=-1)

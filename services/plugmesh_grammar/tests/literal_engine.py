@@ -1,8 +1,8 @@
 """A grammar engine small enough to read, as a plugin package: the output is the source of the "regex", letter by letter.
 
 What hostile grammars do to real engines it does on command, so that it happens whatever the libraries' versions are: a source holds
-"!hang!" and so on: hang (in C, holding the interpreter), eat (memory), big (of two megabytes), abort, quit, no (refuse), raise, wait:FILE (until it is there); "!literal-hang!" holds for
-the engine of this name. A mask of a text that begins with "slow" hangs behind these four letters.
+"!hang!" and so on: hang (in C, holding the interpreter), eat (memory), big (of two megabytes), abort, quit, no (refuse), raise, wait:FILE (until it is there); "!lit-hang!" holds for
+engines whose name begins so. A mask of a text that begins with "slow" hangs behind these four letters.
 """
 
 PLUGIN = '''
@@ -77,7 +77,7 @@ class Engine:
     def compile(self, language, source):
         # A lowered pattern may come in another dress; what counts is in it.
         command = re.search(r"!(?:(\\w+)-)?(hang|eat|big|abort|quit|no|raise|wait:[^!]*)!", source)
-        if command is None or command[1] not in (None, NAME):
+        if command is None or not NAME.startswith(command[1] or ''):
             return b"LIT" + source.encode()
         word = command[2]
         if word == "hang":

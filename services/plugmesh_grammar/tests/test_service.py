@@ -188,6 +188,23 @@ async def test_what_breaks_one_engine_is_left_to_the_next(literal, tmp_path, com
     assert (await literal.client.compile(HELLO, "", timeout_s=10)).engine == "literal"
 
 
+@pytest.mark.parametrize("num_broken", [2, 3])
+async def test_what_breaks_two_engines_is_left_to_the_third_and_three_are_enough(literal, tmp_path, num_broken):
+    slugs = ["t_literal"]
+    for name in [*["lit2", "lit3"][: num_broken - 1], "last"]:
+        literal_engine.write(tmp_path, f"t_{name}", name=name)
+        slugs.append(f"t_{name}")
+    instance = await literal.add(plugins=slugs)
+
+    task = literal.client.compile(GrammarSpec("regex", "!lit-abort!"), "", timeout_s=20)
+    if num_broken == 2:
+        assert (await task).engine == "last"
+    else:
+        with pytest.raises(LimitExceeded):
+            await task
+    assert instance.service.num_killed == num_broken
+
+
 async def test_a_killed_process_is_replaced_and_its_grammar_tried_again(literal, tmp_path):
     instance = await literal.add()
     go = tmp_path / "go"

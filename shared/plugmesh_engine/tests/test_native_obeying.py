@@ -101,6 +101,18 @@ def test_kept_logits_and_those_in_full_give_the_same_outputs(kind, jump):
     assert found[True][2] > 30, "no second draws: nothing was shown"
 
 
+def test_siblings_share_what_they_may_generate_together_in_the_same_order():
+    """Whether the output may end, or text is forced, is another question for each of them: those that wait for an answer are not overtaken."""
+    found = {}
+    for in_python in (False, True):
+        engine = engine_of(in_python=in_python, jump_forward=True)
+        sampling = dataclasses.replace(HOT, num_sequences=4)
+        wanted = [ask(f"{k} {limit}", sampling, GRAMMARS[k], max_total_tokens=limit) for k in (0, 1) for limit in range(20, 60)]
+        found[in_python] = run_to_end(engine, *wanted)
+        engine.close()
+    assert found[False] == found[True]
+
+
 def test_a_matcher_that_hangs_ends_its_request_alone(monkeypatch):
     """Greedy ones among it are asked while the others are sampled."""
     gate = threading.Event()
