@@ -38,7 +38,8 @@ async def main():
     nc = await nats.connect("nats://nats:4222", user="tokenizer", password=password, error_cb=on_error)
     await nc.publish("pm.compose.q.prefill", b"x")
     await nc.flush()
-    await asyncio.wait_for(refused.wait(), 5)
+    async with asyncio.timeout(5):
+        await refused.wait()
     await nc.close()
 asyncio.run(main())
 """

@@ -89,7 +89,8 @@ async def _measure(model: pathlib.Path, formats: Sequence[str], rounds: int, set
             await mesh.close()
             process.terminate()
             try:
-                await asyncio.wait_for(process.wait(), 20)
+                async with asyncio.timeout(20):
+                    await process.wait()
             except TimeoutError:
                 process.kill()
                 await process.wait()

@@ -16,6 +16,7 @@ import structlog
 from plugmesh.errors import PlugmeshError
 from plugmesh.kv.feed import DECODE
 from plugmesh.mesh.api import Mesh
+from plugmesh.tasks import end
 from plugmesh_engine.driver import EngineDriver
 from plugmesh_proto.v1 import kvstore_pb2 as pb
 
@@ -109,9 +110,7 @@ class KvEvents:
         return sequence, await self._driver.call(lambda engine: engine.watch_blocks(observer))
 
     async def close(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        await end(self._task)
 
     async def _run(self, waiting: BlockLog) -> None:
         while True:

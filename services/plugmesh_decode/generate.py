@@ -423,7 +423,8 @@ class Generator:
         consumer goes on elsewhere."""
         self.is_draining = True
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._idle.wait(), deadline_s)
+            async with asyncio.timeout(deadline_s):
+                await self._idle.wait()
         for g in list(self._live.values()):
             self._fail(g, Unavailable("this decode instance has drained", retry_after_s=1, reason="drained"))
 

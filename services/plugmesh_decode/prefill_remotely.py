@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from dataclasses import dataclass
 
@@ -90,8 +89,9 @@ class RemotePrefill:
                 left_s = waiting.last_progress_s + self._timeout_s - time.monotonic()
                 if left_s <= 0:
                     raise DeadlineExceeded(f"no progress on the prefill job for {self._timeout_s:g} s")
-                with contextlib.suppress(TimeoutError):
-                    return await asyncio.wait_for(asyncio.shield(waiting.result), left_s)
+                await asyncio.wait([waiting.result], timeout=left_s)
+                if waiting.result.done():
+                    return waiting.result.result()
         finally:
             del self._waiting[job.job_id]
             if not waiting.result.done():

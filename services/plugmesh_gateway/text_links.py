@@ -12,6 +12,7 @@ import structlog
 
 from plugmesh.errors import PlugmeshError, Unavailable
 from plugmesh.mesh.api import Mesh
+from plugmesh.tasks import end
 from plugmesh.types import InstanceInfo
 from plugmesh_proto.v1 import tokenizer_pb2, tokenizer_pb2_grpc
 
@@ -73,8 +74,7 @@ class TextLinks:
         for link in links:
             link.close()
         if self._watchdog is not None:
-            self._watchdog.cancel()
-            await asyncio.gather(self._watchdog, return_exceptions=True)
+            await end(self._watchdog)
         await asyncio.gather(*(link.wait_closed() for link in links), return_exceptions=True)
         self._links.clear()
         self._sequences.clear()

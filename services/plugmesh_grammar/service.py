@@ -113,7 +113,8 @@ class GrammarService:
         """Refuses new streams and waits until those open have ended."""
         self.is_draining = True
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._idle.wait(), deadline_s)
+            async with asyncio.timeout(deadline_s):
+                await self._idle.wait()
 
     async def stop(self) -> None:
         await self.compiler.stop()

@@ -63,7 +63,8 @@ class EventLog:
     async def wait(self, timeout_s: float) -> None:
         """Returns when something was appended since the last call, or after `timeout_s`."""
         try:
-            await asyncio.wait_for(self._wake.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await self._wake.wait()
         except TimeoutError:
             return
         self._wake.clear()

@@ -11,6 +11,7 @@ from typing import TypeVar
 import sqlalchemy.exc
 import structlog
 
+from plugmesh.tasks import end
 from plugmesh_kvstore.blocks import Block
 from plugmesh_kvstore.disk import DiskFiles
 from plugmesh_kvstore.disk_index import Row
@@ -134,7 +135,8 @@ class Mover:
                 log.warning("kvstore.spill_failed", error=type(e).__name__)
                 await asyncio.sleep(_RETRY_S)
             try:
-                await asyncio.wait_for(self._wake.wait(), _IDLE_S)
+                async with asyncio.timeout(_IDLE_S):
+                    await self._wake.wait()
             except TimeoutError:
                 continue
             self._wake.clear()
@@ -145,7 +147,7 @@ class Mover:
             # Cancelling would leave a batch to a thread that outlives its views: wait for the batch to end.
             async with self._spilling:
                 self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            await end(self._task)
             self._task = None
         if self._loads:
             await asyncio.wait(list(self._loads.values()), timeout=5.0)

@@ -76,7 +76,8 @@ class PrefillRunner:
 
     async def wait_idle(self, timeout_s: float) -> None:
         """Returns when no job runs. Raises TimeoutError."""
-        await asyncio.wait_for(self._idle.wait(), timeout_s)
+        async with asyncio.timeout(timeout_s):
+            await self._idle.wait()
 
     async def run(self, job: pb.PrefillJob) -> AsyncGenerator[pb.PrefillEvent, None]:
         """Computes one job; closing the iterator cancels it and frees its blocks.

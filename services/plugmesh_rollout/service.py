@@ -195,7 +195,8 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServicer):
                 yield event_of(opened)
                 while not changed.is_set() and not self.closed:
                     try:
-                        await asyncio.wait_for(changed.wait(), 1.0)
+                        async with asyncio.timeout(1.0):
+                            await changed.wait()
                     except TimeoutError:
                         pass
                 if self._table.topics.get(request.topic) is not opened:

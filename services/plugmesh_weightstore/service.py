@@ -183,7 +183,8 @@ class WeightStoreService:
     async def drain(self, deadline_s: float) -> None:
         """Running calls end by themselves; imports that are not through by the deadline are given up."""
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._idle.wait(), deadline_s)
+            async with asyncio.timeout(deadline_s):
+                await self._idle.wait()
 
     async def stop(self) -> None:
         for stop in self._imports.values():

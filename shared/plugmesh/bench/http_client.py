@@ -295,7 +295,8 @@ class Client:
     async def _open(self) -> _Connection:
         loop = asyncio.get_running_loop()
         try:
-            _, connection = await asyncio.wait_for(loop.create_connection(_Connection, self._host, self._port, ssl=self._tls), 30)
+            async with asyncio.timeout(30):
+                _, connection = await loop.create_connection(_Connection, self._host, self._port, ssl=self._tls)
         except (OSError, TimeoutError) as e:
             raise Unavailable(f"{self.base_url} does not answer: {e or 'timeout'}") from e
         return connection
@@ -325,7 +326,8 @@ class Client:
         sent = time.perf_counter()
         reply = connection.send(self._head, body)
         try:
-            await asyncio.wait_for(reply.done, self._timeout_s)
+            async with asyncio.timeout(self._timeout_s):
+                await reply.done
         except TimeoutError:
             reply.error = f"no end within {self._timeout_s:g} s"
         finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import pathlib
 import sys
@@ -16,8 +17,9 @@ from rich.markup import escape
 from plugmesh import errors
 from plugmesh.cli import output
 from plugmesh.cli import up as up_command
-from plugmesh.supervisor import http, runs, tasks
+from plugmesh.supervisor import http, runs
 from plugmesh.supervisor.launch import Launcher
+from plugmesh.tasks import end
 
 EXIT_INTERRUPTED = 130
 START_TIMEOUT_S = 120.0
@@ -201,7 +203,7 @@ async def _interruptible(work: Any, stop: asyncio.Event) -> Any:
         await asyncio.wait({task, stopping}, return_when=asyncio.FIRST_COMPLETED)
         return task.result() if task.done() else None
     finally:
-        await tasks.cancel(task, stopping)
+        await end(task, stopping, timeout_s=math.inf, patience_s=0.5)
 
 
 class _Lines:

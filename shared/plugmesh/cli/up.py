@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import pathlib
 import signal
 import time
@@ -17,9 +18,9 @@ from plugmesh import models
 from plugmesh.cli import display, output, pull
 from plugmesh.config import MeshConfig
 from plugmesh.errors import AlreadyExists, ConfigError, PlugmeshError
-from plugmesh.supervisor import tasks
 from plugmesh.supervisor.children import ChildEvent, ChildState
 from plugmesh.supervisor.launch import Launcher
+from plugmesh.tasks import end
 
 EXIT_OK, EXIT_FAILED = 0, 1
 
@@ -131,7 +132,7 @@ async def bring_up(launcher: Launcher, stop: asyncio.Event, *, plain: bool, time
                 return True
             return False
         finally:
-            await tasks.cancel(work, stopping)
+            await end(work, stopping, timeout_s=math.inf, patience_s=0.5)
 
 
 def show_failure(launcher: Launcher) -> None:

@@ -27,6 +27,7 @@ import grpc
 from plugmesh.client.rollout_shared import SharedArea
 from plugmesh.client.rollout_values import Value, decode, encode
 from plugmesh.errors import DeadlineExceeded, InternalError, InvalidRequest, LimitExceeded, PlugmeshError, Unavailable
+from plugmesh.tasks import end
 from plugmesh.wire import error_from_rpc
 from plugmesh_proto.v1 import rollout_pb2 as pb
 from plugmesh_proto.v1 import rollout_pb2_grpc
@@ -348,8 +349,7 @@ class RolloutClient:
         try:
             yield
         finally:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+            await end(task)
 
     async def release(self, batch: Batch) -> None:
         """The rows go back at once."""
@@ -362,8 +362,7 @@ class RolloutClient:
 
     async def close(self) -> None:
         if self._asking is not None:
-            self._asking.cancel()
-            await asyncio.gather(self._asking, return_exceptions=True)
+            await end(self._asking)
         self._leave_area()
         if self._own is not None:
             await self._own.close()

@@ -43,7 +43,8 @@ class SharedArea:
         call = stub.Share(pb.ShareRequest(boot_id=boot_id, num_bytes=num_bytes))
         memory = None
         try:
-            reply = await asyncio.wait_for(call.read(), _LIMIT_S)
+            async with asyncio.timeout(_LIMIT_S):
+                reply = await call.read()
             if reply is not grpc.aio.EOF and reply.path:
                 memory = _map(reply.path, reply.num_bytes, reply.nonce)
                 if memory is not None:

@@ -25,6 +25,7 @@ from plugmesh.kv.attachment import ArenaNotHere, Attachment, BlockRef
 from plugmesh.kv.pieces import Assembler, checksum, split
 from plugmesh.mesh.api import Mesh
 from plugmesh.mesh.hostid import host_id
+from plugmesh.tasks import end
 from plugmesh.types import InstanceInfo, KvLayout
 from plugmesh_proto.v1 import kvstore_pb2 as pb
 from plugmesh_proto.v1 import kvstore_pb2_grpc
@@ -176,8 +177,7 @@ class KvClient:
         """Ends the leases; refs that are still out become invalid. Safe to call twice."""
         self._closed = True
         if self._renewer is not None:
-            self._renewer.cancel()
-            await asyncio.gather(self._renewer, return_exceptions=True)
+            await end(self._renewer)
         if self._tasks:
             await asyncio.wait(list(self._tasks), timeout=2 * self._timeout_s)
         self._refs.clear()

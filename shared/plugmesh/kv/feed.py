@@ -15,6 +15,7 @@ from google.protobuf.message import DecodeError
 from plugmesh.errors import PlugmeshError
 from plugmesh.mesh.api import Event, Mesh
 from plugmesh.records import KvEvent
+from plugmesh.tasks import end
 from plugmesh.types import InstanceInfo
 from plugmesh_proto.v1 import decode_pb2_grpc, kvstore_pb2_grpc
 from plugmesh_proto.v1 import kvstore_pb2 as pb
@@ -87,8 +88,7 @@ class KvFeed:
             undo()
         self._undo = []
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            await end(self._task)
             self._task = None
 
     def complete(self) -> list[str]:
@@ -159,7 +159,8 @@ class KvFeed:
                 if view.stale or (behind and info.incarnation == view.incarnation):
                     failed |= not await self._snapshot(info, view)
             try:
-                await asyncio.wait_for(self._wake.wait(), _RETRY_S if failed else self._check_s)
+                async with asyncio.timeout(_RETRY_S if failed else self._check_s):
+                    await self._wake.wait()
             except TimeoutError:
                 continue
             if failed:

@@ -212,9 +212,11 @@ jetstream {{
             if process is None or process.poll() is not None:
                 raise Unavailable(f"nats-server ended at start: {self._last_log_line()}")
             try:
-                reader, writer = await asyncio.wait_for(asyncio.open_connection(self.host, self.port), 1.0)
+                async with asyncio.timeout(1.0):
+                    reader, writer = await asyncio.open_connection(self.host, self.port)
                 try:
-                    line = await asyncio.wait_for(reader.readline(), 1.0)
+                    async with asyncio.timeout(1.0):
+                        line = await reader.readline()
                 finally:
                     writer.close()
                 if line.startswith(b"INFO ") and b'"jetstream":true' in line and process.poll() is None:

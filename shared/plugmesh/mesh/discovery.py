@@ -31,7 +31,7 @@ from plugmesh.mesh.rpc.carrier import is_no_responders
 from plugmesh.mesh.rpc.nats_carrier import NatsCarrier
 from plugmesh.mesh.rpc.peers import PING_TOKEN
 from plugmesh.mesh.table import Entry, InstanceTable
-from plugmesh.mesh.tasks import check_cancelled, end
+from plugmesh.tasks import check_cancelled, end
 from plugmesh.types import InstanceInfo
 
 log = structlog.get_logger()
@@ -95,7 +95,8 @@ class Discovery:
             self._renewed.clear()
             self._renew_now.set()
             try:
-                await asyncio.wait_for(self._renewed.wait(), _JS_TIMEOUT_S)
+                async with asyncio.timeout(_JS_TIMEOUT_S):
+                    await self._renewed.wait()
             except TimeoutError:
                 pass  # the broker is away; the next renewal carries it
 
@@ -141,7 +142,8 @@ class Discovery:
         interval_s = min(1.0, self.ttl_s / 4)
         while True:
             try:
-                await asyncio.wait_for(self._renew_now.wait(), interval_s)
+                async with asyncio.timeout(interval_s):
+                    await self._renew_now.wait()
             except TimeoutError:
                 pass
             check_cancelled()

@@ -32,7 +32,8 @@ class MetricsServer:
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), _TIMEOUT_S)
+            async with asyncio.timeout(_TIMEOUT_S):
+                head = await reader.readuntil(b"\r\n\r\n")
             method, path, *_ = head.split(b"\r\n", 1)[0].split(b" ")
             if method != b"GET":
                 status, kind, body = b"405 Method Not Allowed", b"text/plain", b"GET only\n"
@@ -41,7 +42,8 @@ class MetricsServer:
             else:
                 status, kind, body = b"200 OK", prometheus_client.CONTENT_TYPE_LATEST.encode(), generate_latest(self.registry)
             writer.write(b"HTTP/1.1 %s\r\nContent-Type: %s\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s" % (status, kind, len(body), body))
-            await asyncio.wait_for(writer.drain(), _TIMEOUT_S)
+            async with asyncio.timeout(_TIMEOUT_S):
+                await writer.drain()
         except (TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, ValueError, ConnectionError):
             pass
         finally:

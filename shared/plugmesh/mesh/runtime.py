@@ -207,7 +207,8 @@ class Instance:
             await self.health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
         await self.mesh.set_draining()
         try:
-            await asyncio.wait_for(self.service.drain(deadline_s), deadline_s + 1.0)
+            async with asyncio.timeout(deadline_s + 1.0):
+                await self.service.drain(deadline_s)
         except TimeoutError:
             log.warning("service.drain_late", deadline_s=deadline_s)
         # Calls that the service counts as done may still have their last frames under way.
@@ -316,7 +317,8 @@ async def _unless(event: asyncio.Event, work: Awaitable[Any]) -> bool:
 
 async def _step(name: str, work: Awaitable[Any], timeout_s: float = _PHASE_S) -> None:
     try:
-        await asyncio.wait_for(work, timeout_s)
+        async with asyncio.timeout(timeout_s):
+            await work
     except TimeoutError:
         log.error("service.stop_step_late", step=name, timeout_s=timeout_s)
     except Exception as e:

@@ -16,7 +16,7 @@ from plugmesh.mesh import subjects
 from plugmesh.mesh.api import Job
 from plugmesh.mesh.rpc.frames import MAX_MESSAGE_BYTES
 from plugmesh.mesh.rpc.nats_carrier import NatsCarrier
-from plugmesh.mesh.tasks import check_cancelled
+from plugmesh.tasks import check_cancelled
 
 log = structlog.get_logger()
 

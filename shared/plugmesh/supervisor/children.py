@@ -23,7 +23,8 @@ from dataclasses import dataclass, field
 import structlog
 
 from plugmesh.errors import PlugmeshError
-from plugmesh.supervisor import logfiles, spawn, tasks
+from plugmesh.supervisor import logfiles, spawn
+from plugmesh.tasks import end
 
 log = structlog.get_logger()
 
@@ -211,7 +212,7 @@ class Supervisor:
                             spawn.signal_group(child.process, signal.SIGKILL)
                     await asyncio.wait(late, timeout=10)
         if self._log_task is not None:
-            await tasks.cancel(self._log_task)
+            await end(self._log_task)
         return orderly
 
     def kill(self) -> None:

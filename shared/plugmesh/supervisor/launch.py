@@ -26,9 +26,10 @@ from plugmesh.config import MeshConfig, ServiceSettings
 from plugmesh.mesh import subjects
 from plugmesh.mesh.broker import EmbeddedBroker
 from plugmesh.mesh.hostid import host_id
-from plugmesh.supervisor import http, logfiles, plan, runs, tasks
+from plugmesh.supervisor import http, logfiles, plan, runs
 from plugmesh.supervisor.children import ChildEvent, ChildSpec, ChildState, ChildStatus, RestartPolicy, Supervisor
 from plugmesh.supervisor.observe import Observer
+from plugmesh.tasks import end
 
 log = structlog.get_logger()
 
@@ -109,7 +110,7 @@ class Launcher:
             if self._run is not None:
                 self._write(state="stopping")
             if self._watcher is not None:
-                await tasks.cancel(self._watcher)
+                await end(self._watcher)
             drain_s = self.config.mesh.drain_s if served else 0.0
             orderly = await self._supervisor.stop(drain_s + STOP_MARGIN_S, in_order=served)
             return (orderly or not served) and not self._killed

@@ -255,7 +255,8 @@ def ask(**do: Any) -> bytes:
 
 
 async def soon(event: asyncio.Event) -> None:
-    await asyncio.wait_for(event.wait(), WAIT_S)
+    async with asyncio.timeout(WAIT_S):
+        await event.wait()
 
 
 async def until(condition: Callable[[], bool], timeout_s: float = WAIT_S) -> None:
@@ -480,7 +481,8 @@ class CarrierContract:
     async def test_initial_metadata_comes_before_the_first_message(self, rig: Rig) -> None:
         call = ProbeStub(rig.channel()).count(ask(n=1, hang_at=0, initial=[["early", "yes"]]), timeout=WAIT_S)
 
-        assert ("early", "yes") in tuple(await asyncio.wait_for(call.initial_metadata(), WAIT_S))
+        async with asyncio.timeout(WAIT_S):
+            assert ("early", "yes") in tuple(await call.initial_metadata())
         assert not call.done()
         call.cancel()
 
@@ -634,7 +636,8 @@ class CarrierContract:
         ahead = await settled(lambda: written)
         assert 0 < ahead < 2500
         rig.probe.go.set()
-        await asyncio.wait_for(writer, 30)
+        async with asyncio.timeout(30):
+            await writer
         await call.done_writing()
 
         assert await call == b"5000"

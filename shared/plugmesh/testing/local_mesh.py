@@ -384,7 +384,8 @@ class LocalWorkQueue:
                     return self._waiting.popleft()
                 wait_s = min(0.5, self._delayed[0][0] - now) if self._delayed else 0.5
                 try:
-                    await asyncio.wait_for(self._changed.wait(), max(0.001, wait_s))
+                    async with asyncio.timeout(max(0.001, wait_s)):
+                        await self._changed.wait()
                 except TimeoutError:
                     pass
 

@@ -171,6 +171,31 @@ def test_whatever_is_lost_doubled_late_or_dead_the_followers_picture_becomes_the
     asyncio.run(play(actions))
 
 
+@pytest.mark.parametrize("num_turns", range(6))
+async def test_a_feed_that_wakes_up_while_it_is_closed_ends(num_turns):
+    """An event and `close` a few turns of the loop apart: the request to end must not get lost between them."""
+    asked = []
+
+    class Counted(asyncio.Task):
+        def cancel(self, *args, **kw):
+            asked.append(self.get_name())
+            return super().cancel(*args, **kw)
+
+    asyncio.get_running_loop().set_task_factory(lambda loop, work, **kw: Counted(work, loop=loop, **kw))
+    mesh = Mesh()
+    feed = KvFeed(mesh, Source("decode", "t", mesh.snapshot), Follower().on_event, check_s=60)  # type: ignore[arg-type]
+    one = mesh.start("a", 0)
+    feed.start()
+    await asyncio.wait_for(_complete(feed, "a"), 5)
+    one.change(BLOCKS[0])
+    await mesh.say(one.change(BLOCKS[1]))  # a hole: the feed is to ask for a snapshot
+    for _ in range(num_turns):
+        await asyncio.sleep(0)
+    await asyncio.wait_for(feed.close(), 5)
+
+    assert asked.count("kv.feed:decode") == 1
+
+
 async def test_a_dead_life_that_goes_on_talking_costs_no_snapshot_and_changes_nothing():
     mesh, follower = Mesh(), Follower()
     feed = KvFeed(mesh, Source("decode", "t", mesh.snapshot), follower.on_event, check_s=60)  # type: ignore[arg-type]

@@ -73,15 +73,13 @@ class NatsCarrier:
         if tls_ca_file is not None:
             options["tls"] = ssl.create_default_context(cafile=str(tls_ca_file))
         try:
-            await asyncio.wait_for(
-                client.connect(
+            async with asyncio.timeout(timeout_s):
+                await client.connect(
                     url, name=name or f"{mesh}.{role}", inbox_prefix=subjects.client_inbox_prefix(mesh, role),
                     max_reconnect_attempts=-1, reconnect_time_wait=0.2, connect_timeout=2, ping_interval=5, max_outstanding_pings=2,
                     error_cb=self._on_error, disconnected_cb=self._on_disconnected, reconnected_cb=self._on_reconnected,
                     closed_cb=self._on_closed, **options,
-                ),
-                timeout_s,
-            )
+                )
         except (TimeoutError, nats.errors.Error, OSError) as e:
             reason = self.errors[-1] if self.errors else type(e).__name__
             await client.close()
@@ -244,6 +242,7 @@ _undo_tasks: set[asyncio.Task[None]] = set()
 
 async def _quietly(what: Coroutine[Any, Any, Any]) -> None:
     try:
-        await asyncio.wait_for(what, 5.0)
+        async with asyncio.timeout(5.0):
+            await what
     except (nats.errors.Error, OSError, TimeoutError):
         pass

@@ -129,13 +129,14 @@ class WireTransport(Transport):
 
     async def connect(self, uri: ParseResult, buffer_size: int, connect_timeout: int) -> None:
         loop = asyncio.get_running_loop()
-        _, self.wire = await asyncio.wait_for(loop.create_connection(Wire, uri.hostname or "127.0.0.1", uri.port or 4222), connect_timeout)
+        async with asyncio.timeout(connect_timeout):
+            _, self.wire = await loop.create_connection(Wire, uri.hostname or "127.0.0.1", uri.port or 4222)
 
     async def connect_tls(self, uri: str | ParseResult, ssl_context: ssl.SSLContext, buffer_size: int, connect_timeout: int) -> None:
         wire = self._wire
         host = uri if isinstance(uri, str) else uri.hostname
-        wire.transport = await asyncio.wait_for(
-            asyncio.get_running_loop().start_tls(wire.transport, wire, ssl_context, server_hostname=host), connect_timeout)
+        async with asyncio.timeout(connect_timeout):
+            wire.transport = await asyncio.get_running_loop().start_tls(wire.transport, wire, ssl_context, server_hostname=host)
 
     @property
     def _wire(self) -> Wire:

@@ -19,7 +19,7 @@ import structlog
 from plugmesh.errors import DataLoss, PlugmeshError, Unavailable
 from plugmesh.mesh.rpc import frames
 from plugmesh.mesh.rpc.carrier import UNKNOWN, Carrier, is_no_responders
-from plugmesh.mesh.tasks import end
+from plugmesh.tasks import end
 
 if TYPE_CHECKING:
     from plugmesh.mesh.rpc.pipe import Pipe

@@ -189,9 +189,10 @@ class RpcServer:
     async def drained(self, timeout_s: float) -> bool:
         """Waits until no call runs; False when that took too long."""
         try:
-            await asyncio.wait_for(self._idle.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
         except TimeoutError:
-            return False
+            return self._idle.is_set()
         return True
 
     async def stop(self, grace_s: float = 0.0) -> None:

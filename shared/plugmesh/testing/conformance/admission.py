@@ -27,7 +27,8 @@ def ask(name: str, *, client: str = "someone", num_sequences: int = 1, priority:
 async def _refusal(wait: Awaitable[Any], within_s: float) -> PlugmeshError | None:
     """The typed refusal, None without one; anything else that it raises is the test's failure, and so is being late."""
     try:
-        await asyncio.wait_for(wait, within_s + GRACE_S)
+        async with asyncio.timeout(within_s + GRACE_S):
+            await wait
     except PlugmeshError as e:
         return e
     except TimeoutError:
