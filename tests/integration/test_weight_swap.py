@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import pathlib
+import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 
 import numpy as np
 import pytest
@@ -78,6 +79,17 @@ class Rig:
         finally:
             engine.close()
 
+    @contextlib.contextmanager
+    def slow(self, step_s: float) -> Iterator[None]:
+        """A step takes at least so long, so that a long answer still runs when something else, on a busy machine, comes about."""
+        engine = self.service._engine
+        step = engine.step
+        engine.step = lambda: (time.sleep(step_s), step())[1]
+        try:
+            yield
+        finally:
+            del engine.step
+
     async def check_nothing_is_left(self) -> None:
         for _ in range(200):
             stats = await self.service.generator.driver.call(lambda e: e.stats())
@@ -115,10 +127,11 @@ async def test_a_swap_under_load_drops_nothing_and_every_token_is_its_versions(t
     async with a_rig(tmp_path) as rig:
         old = rig.service.describe()["weight_version"]
         published = await rig.publish(1)
-        streams = [asyncio.create_task(rig.generate(prompt(i), sampling(i))) for i in range(32)]
-        while rig.num_rows < 100:
-            await asyncio.sleep(0.002)
-        reply = await rig.swap("policy", mode)
+        with rig.slow(0.02):
+            streams = [asyncio.create_task(rig.generate(prompt(i), sampling(i))) for i in range(32)]
+            while rig.num_rows < 100:
+                await asyncio.sleep(0.002)
+            reply = await rig.swap("policy", mode)
         assert (reply.old_version, reply.new_version, reply.weight_epoch) == (old, published.version, published.number)
         assert reply.num_restarted == (reply.num_running if mode == "abort" else 0)
         assert (reply.num_running > 0) == (mode != "finish") and reply.num_bytes > 1 << 20
@@ -177,20 +190,21 @@ async def test_refused_swaps_change_nothing(tmp_path):
             await rig.swap("nobody")
         with pytest.raises(InvalidRequest):
             await rig.swap("")
-        stream = asyncio.create_task(rig.generate(prompt(3), sampling(3, 1500), old))
-        while rig.num_rows < 5:
-            await asyncio.sleep(0.002)
-        with pytest.raises(DeadlineExceeded):
-            await rig.swap("policy", "finish", 0.05)
-        rows, _ = await rig.generate(prompt(4), sampling(4), old)  # the queue moves, and the old name is served again
-        assert {v for v, _ in rows} == {old}
-        waiting = asyncio.create_task(rig.swap("policy", "finish"))
-        while rig.service._engine._swap is None:
-            await asyncio.sleep(0.002)
-        assert not waiting.done() and not stream.done()
-        with pytest.raises(NotFound):  # it would be served by other weights than it asks for
-            await rig.generate(prompt(5), sampling(5), old)
-        queued = asyncio.create_task(rig.generate(prompt(5), sampling(5)))
+        with rig.slow(0.005):
+            stream = asyncio.create_task(rig.generate(prompt(3), sampling(3, 1500), old))
+            while rig.num_rows < 5:
+                await asyncio.sleep(0.002)
+            with pytest.raises(DeadlineExceeded):
+                await rig.swap("policy", "finish", 0.05)
+            rows, _ = await rig.generate(prompt(4), sampling(4), old)  # the queue moves, and the old name is served again
+            assert {v for v, _ in rows} == {old}
+            waiting = asyncio.create_task(rig.swap("policy", "finish"))
+            while rig.service._engine._swap is None:
+                await asyncio.sleep(0.002)
+            assert not waiting.done() and not stream.done()
+            with pytest.raises(NotFound):  # it would be served by other weights than it asks for
+                await rig.generate(prompt(5), sampling(5), old)
+            queued = asyncio.create_task(rig.generate(prompt(5), sampling(5)))
         rows, _ = await stream
         assert len(rows) == 1500 and {v for v, _ in rows} == {old}
         assert (await waiting).new_version == published.version
