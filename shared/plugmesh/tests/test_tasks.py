@@ -9,12 +9,13 @@ from plugmesh import tasks
 
 async def test_a_task_that_swallows_a_cancellation_is_cancelled_again() -> None:
     swallowed = 0
+    over = asyncio.Event()
 
     async def stubborn() -> None:
         nonlocal swallowed
-        while True:
+        while not over.is_set():
             try:
-                await asyncio.sleep(60)
+                await over.wait()
             except asyncio.CancelledError:
                 swallowed += 1
                 if swallowed == 3:
@@ -25,30 +26,30 @@ async def test_a_task_that_swallows_a_cancellation_is_cancelled_again() -> None:
 
     work = [asyncio.create_task(stubborn()), asyncio.create_task(failing())]
     await asyncio.sleep(0)
-    async with asyncio.timeout(5):
-        await tasks.end(*work, patience_s=0.01)
+    await tasks.end(*work, timeout_s=5, patience_s=0.01)
+    all_ended = all(t.done() for t in work)
+    over.set()  # or the test, too, would wait for ever
 
-    assert swallowed == 3
-    assert all(t.done() for t in work)
+    assert (swallowed, all_ended) == (3, True)
 
 
 async def test_a_task_that_will_not_end_is_waited_for_only_so_long() -> None:
-    ended = False
+    over = asyncio.Event()
 
     async def deaf() -> None:
-        while not ended:
+        while not over.is_set():
             try:
-                await asyncio.sleep(60)
+                await over.wait()
             except asyncio.CancelledError:
                 pass
 
     task = asyncio.create_task(deaf())
     await asyncio.sleep(0)
-    async with asyncio.timeout(5):
-        await tasks.end(task, None, timeout_s=0.05, patience_s=0.01)
+    asyncio.get_running_loop().call_later(5, over.set)
+    await tasks.end(task, None, timeout_s=0.05, patience_s=0.01)
 
     assert not task.done()
-    ended = True
+    over.set()
     await tasks.end(task)
     assert task.done()
 
@@ -58,7 +59,7 @@ async def test_a_lost_request_to_end_is_found_by_who_asks() -> None:
 
     async def loses_it() -> None:
         try:
-            await asyncio.sleep(60)
+            await asyncio.Event().wait()
         except asyncio.CancelledError:
             reached.append("lost")
         tasks.check_cancelled()
